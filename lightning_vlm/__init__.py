@@ -1,0 +1,52 @@
+"""lightning_vlm: train Nemotron-style vision-language models with PyTorch Lightning.
+
+The whole way of a sample, and where to look for each thing on it:
+
+    row of JSONL     data/formats.py         a row's turns and images become a Conversation (schema.py)
+    labels           processing/labels.py    rendered turns -> input_ids and labels; which characters: processing/chat.py
+    image tokens     geometry.py             width and height -> patch grid -> number of tokens
+    Sample           processing/processor.py text, labels and uint8 patches of one conversation
+    plan, resume     data/samplers.py        which samples form which batch; data/loader.py continues exactly
+    VLMBatch         data/collate.py         padded rows and packed patches (schema.py)
+    model            models/nemotron_vl.py   RADIO -> pixel shuffle -> projector -> fusion -> hybrid LM
+    loss             training/losses.py      sum of token losses, divided by the label tokens of the whole step
+    step, scores     module.py               NemotronVLModule; training/optim.py, freezing.py, metrics.py
+    command line     cli.py                  lightning-vlm fit | validate | test | predict
+
+Each file opens by saying what it is. Rooms import only from lower steps; tests/test_house.py holds them to it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_vlm.datamodule import VLMDataModule
+    from lightning_vlm.models.config import NemotronVLConfig
+    from lightning_vlm.models.nemotron_vl import NemotronVL
+    from lightning_vlm.module import NemotronVLModule
+    from lightning_vlm.processing.processor import NemotronVLProcessor
+
+__version__ = "0.1.0"
+
+__all__ = ["NemotronVL", "NemotronVLConfig", "NemotronVLModule", "NemotronVLProcessor", "VLMDataModule"]
+
+_HOMES = {
+    "VLMDataModule": "lightning_vlm.datamodule",
+    "NemotronVLModule": "lightning_vlm.module",
+    "NemotronVL": "lightning_vlm.models.nemotron_vl",
+    "NemotronVLConfig": "lightning_vlm.models.config",
+    "NemotronVLProcessor": "lightning_vlm.processing.processor",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch, transformers and lightning takes seconds: it happens at the first use of a name.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'lightning_vlm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,266 @@
+"""PredictionTable: what the model answered, beside what it saw, for people to look at.
+
+After validation and test it writes an HTML page (self-contained, images as the model saw them) and, with a W&B logger, a
+table; after prediction also a JSONL file with every answer. The same first samples each time, so pages can be compared.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
+from torch import Tensor
+
+from lightning_vlm.media.image import patches_to_pixels
+from lightning_vlm.schema import VLMBatch
+from lightning_vlm.training.metrics import SCORES
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One answered prompt.
+
+    Attributes:
+        source: ``file:line``.
+        prompt: The prompt as text.
+        references: Accepted answers; empty when the row holds none.
+        answer: The model's answer.
+        scores: Score by name; empty without references.
+        images: What the model saw.
+    """
+
+    source: str
+    prompt: str
+    references: tuple[str, ...]
+    answer: str
+    scores: dict[str, float]
+    images: tuple[Image.Image, ...]
+
+
+class PredictionTable(L.Callback):
+    """Collects predictions of evaluation loops and writes them into the run folder.
+
+    Args:
+        max_rows: Rows of the page and the W&B table, spread evenly over the evaluation set of rank 0.
+        folder: Where files go; the Trainer's ``default_root_dir`` by default.
+    """
+
+    def __init__(self, max_rows: int = 40, folder: str | None = None) -> None:
+        if max_rows < 1:
+            raise ValueError(f"max_rows is {max_rows}; expected at least 1")
+        self.max_rows = max_rows
+        self.folder = folder
+        self._rows: list[Prediction] = []
+        self._lines: list[dict[str, Any]] = []
+        self._seen = 0
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forgets the last page."""
+        self._clear()
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forgets the last page."""
+        self._clear()
+
+    def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forgets the last page."""
+        self._clear()
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: VLMBatch, *args: Any
+    ) -> None:
+        """Keeps some of the batch's predictions."""
+        self._collect(trainer, outputs, batch, len(trainer.val_dataloaders or []))
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: VLMBatch, *args: Any
+    ) -> None:
+        """Keeps some of the batch's predictions."""
+        self._collect(trainer, outputs, batch, len(trainer.test_dataloaders or []))
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: VLMBatch, *args: Any
+    ) -> None:
+        """Keeps every answer, and some with their images."""
+        self._collect(trainer, outputs, batch, len(trainer.predict_dataloaders or []))
+        self._lines += [
+            {"source": source, "prompt": prompt, "answer": answer}
+            for source, prompt, answer, counted in zip(
+                batch.sources, batch.prompts, outputs["answers"], batch.counted.tolist(), strict=True
+            )
+            if counted
+        ]
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the page and the W&B table."""
+        if not trainer.sanity_checking:
+            self._write(trainer, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the page and the W&B table."""
+        self._write(trainer, "test")
+
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes ``predictions.jsonl``, in the order of the data, and the page."""
+        lines = self._lines
+        if trainer.world_size > 1:
+            gathered: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, lines)
+            lines = [line for part in gathered for line in part]
+        if trainer.is_global_zero:
+            path = self._path(trainer, "predictions.jsonl")
+            place = {line["source"]: line["source"].rpartition(":") for line in lines}
+            lines.sort(key=lambda line: (place[line["source"]][0], int(place[line["source"]][2])))
+            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+            rank_zero_info(f"{len(lines)} answers: {path}")
+        self._write(trainer, "predict")
+
+    def _clear(self) -> None:
+        self._rows, self._lines, self._seen = [], [], 0
+
+    def _collect(self, trainer: L.Trainer, outputs: Any, batch: VLMBatch, num_batches: int) -> None:
+        if not trainer.is_global_zero or not outputs or "answers" not in outputs:
+            return
+        every = max(1, num_batches * len(batch) // self.max_rows)
+        wanted = [row for row in range(len(batch)) if (self._seen + row) % every == 0]
+        self._seen += len(batch)
+        for row in wanted:
+            if len(self._rows) < self.max_rows and batch.counted[row]:
+                self._rows.append(_prediction(batch, row, outputs["answers"][row], trainer.predicting))
+
+    def _write(self, trainer: L.Trainer, split: str) -> None:
+        if not trainer.is_global_zero or not self._rows:
+            return
+        path = self._path(trainer, f"predictions_{split}.html")
+        path.write_text(render_page(self._rows, f"{split} at step {trainer.global_step}"), encoding="utf-8")
+        if not trainer.validating and split != "val":
+            rank_zero_info(f"predictions with images: {path}")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                _log_wandb_table(logger, self._rows, split, trainer.global_step)
+
+    def _path(self, trainer: L.Trainer, name: str) -> Path:
+        folder = Path(self.folder or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+
+def sample_images(batch: VLMBatch, row: int) -> list[Image.Image]:
+    """The images of one row as the model saw them.
+
+    Args:
+        batch: A batch with uint8 patches.
+        row: The row.
+    """
+    if batch.pixel_values is None or batch.image_grid_hw is None or batch.pixel_values.dtype != torch.uint8:
+        return []
+    grids = [tuple(grid) for grid in batch.image_grid_hw.tolist()]
+    first = int(batch.num_images[:row].sum())
+    start = sum(rows * columns for rows, columns in grids[:first])
+    images = []
+    for rows, columns in grids[first : first + int(batch.num_images[row])]:
+        patches = batch.pixel_values[start : start + rows * columns].cpu()
+        start += rows * columns
+        images.append(_to_image(patches, (rows, columns)))
+    return images
+
+
+def render_page(rows: list[Prediction], title: str) -> str:
+    """A self-contained HTML page of predictions.
+
+    Args:
+        rows: The predictions.
+        title: Shown on top.
+    """
+    names = list(SCORES)
+    head = "".join(f"<th>{name}</th>" for name in ("image", "prompt", "target", "answer", *names))
+    body = "".join(_render_row(row, names) for row in rows)
+    means = {name: [row.scores[name] for row in rows if name in row.scores] for name in names}
+    summary = ", ".join(f"{name} {sum(values) / len(values):.3f}" for name, values in means.items() if values)
+    return _PAGE.format(title=html.escape(title), count=len(rows), summary=summary, head=head, body=body)
+
+
+def _prediction(batch: VLMBatch, row: int, answer: str, predicting: bool) -> Prediction:
+    references = () if predicting else batch.references[row]
+    scores = {
+        name: max(score.score(answer, reference) for reference in references)
+        for name, score in SCORES.items()
+        if references
+    }
+    return Prediction(
+        batch.sources[row], batch.prompts[row], references, answer, scores, tuple(sample_images(batch, row))
+    )
+
+
+def _to_image(patches: Tensor, grid: tuple[int, int]) -> Image.Image:
+    patch_size = round((patches.shape[-1] / 3) ** 0.5)
+    return Image.fromarray(patches_to_pixels(patches, grid, patch_size).permute(1, 2, 0).contiguous().numpy())
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _render_row(row: Prediction, names: list[str]) -> str:
+    images = "".join(f'<img src="{_data_uri(image)}">' for image in row.images) or "<i>text only</i>"
+    right = row.scores.get("exact_match", 0.0) == 1.0
+    cells = [
+        f"<td class=image>{images}</td>",
+        f"<td><pre>{html.escape(row.prompt)}</pre><small>{html.escape(row.source)}</small></td>",
+        f"<td><pre>{html.escape(' | '.join(row.references))}</pre></td>",
+        f"<td class={'right' if right or not row.scores else 'wrong'}><pre>{html.escape(row.answer)}</pre></td>",
+        *(f"<td>{row.scores[name]:.2f}</td>" if name in row.scores else "<td></td>" for name in names),
+    ]
+    return f"<tr>{''.join(cells)}</tr>\n"
+
+
+def _log_wandb_table(logger: WandbLogger, rows: list[Prediction], split: str, step: int) -> None:
+    import wandb
+
+    names = list(SCORES)
+    table = [
+        [
+            step,
+            row.source,
+            [wandb.Image(image) for image in row.images] or None,
+            row.prompt,
+            " | ".join(row.references),
+            row.answer,
+            *(row.scores.get(name) for name in names),
+        ]
+        for row in rows
+    ]
+    columns = ["step", "source", "images", "prompt", "target", "answer", *names]
+    logger.log_table(f"{split}/predictions", columns=columns, data=table)
+
+
+_PAGE = """<!doctype html>
+<meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em; color: #222; }}
+table {{ border-collapse: collapse; }}
+th, td {{ border-bottom: 1px solid #ddd; padding: .5em .8em; text-align: left; vertical-align: top; }}
+th {{ position: sticky; top: 0; background: #fff; }}
+pre {{ margin: 0; font: 13px/1.4 ui-monospace, monospace; white-space: pre-wrap; }}
+small {{ color: #999; }}
+.image img {{ height: 64px; margin-right: 6px; image-rendering: pixelated; border: 1px solid #ddd; }}
+.right pre {{ color: #137333; font-weight: 600; }}
+.wrong pre {{ color: #b3261e; font-weight: 600; }}
+</style>
+<h1>{title}</h1>
+<p>{count} rows, images as the model saw them. {summary}</p>
+<table><thead><tr>{head}</tr></thead><tbody>
+{body}</tbody></table>
+"""

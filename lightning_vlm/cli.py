@@ -1,0 +1,176 @@
+"""The command line: ``lightning-vlm fit|validate|test|predict``, a LightningCLI without its sharp edges.
+
+Abbreviated options are errors, unknown keys get a suggestion, each run folder keeps its config, W&B works logged in,
+logged out and absent, and wrong data ends in one sentence instead of a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import netrc
+import os
+import re
+import sys
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_vlm.callbacks.predictions import PredictionTable
+from lightning_vlm.callbacks.throughput import Throughput
+from lightning_vlm.datamodule import VLMDataModule
+from lightning_vlm.module import NemotronVLModule
+from lightning_vlm.schema import DataError
+
+_SUBCOMMANDS = ("fit", "validate", "test", "predict")
+_UNKNOWN = re.compile(
+    r"unrecognized arguments: -*(?P<a>[\w.\-]+)"
+    r"|Option '(?P<b>[^']+)' is not accepted"
+    r"|Group '(?P<group>[^']*)' does not accept option '(?P<c>[^']+)'"
+    r"|No action for (?:destination )?key \"?(?P<d>[\w.]+)"
+)
+
+
+class VLMArgumentParser(LightningArgumentParser):
+    """A parser that suggests the key that was probably meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the error with a suggestion and exits with 2."""
+        super().error(message + suggest(message, list(self._known_keys())), ex)
+
+    def _known_keys(self) -> Iterator[str]:
+        for action in self._actions:
+            yield action.dest
+            for parser in getattr(action, "_name_parser_map", {}).values():
+                yield from (inner.dest for inner in parser._actions)
+
+
+def suggest(message: str, known: list[str]) -> str:
+    """A sentence that names the closest known key.
+
+    Args:
+        message: A parser error.
+        known: All dotted keys.
+
+    Returns:
+        The sentence, or nothing when no unknown key is in the message or none is close.
+    """
+    match = _UNKNOWN.search(message)
+    if match is None:
+        return ""
+    found = next(match[name] for name in ("a", "b", "c", "d") if match[name])
+    wanted = f"{match['group']}.{found}" if match["group"] else found
+    last_parts = {key.rpartition(".")[2]: key for key in known}
+    close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.7)
+    if not close:
+        close = [last_parts[key] for key in difflib.get_close_matches(found.rpartition(".")[2], last_parts, 1, 0.6)]
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+class RunConfig(SaveConfigCallback):
+    """Keeps the config in the run folder; an earlier, different one is renamed, never overwritten."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Writes ``config.yaml`` (fit) or ``config_<command>.yaml``."""
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / ("config.yaml" if stage == "fit" else f"config_{stage}.yaml")
+        text = self.parser.dump(self.config, skip_none=False)
+        if path.exists() and (earlier := path.read_text(encoding="utf-8")) != text:
+            number = next(n for n in range(1, 10_000) if not path.with_suffix(f".{n}.yaml").exists())
+            path.with_suffix(f".{number}.yaml").write_text(earlier, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
+
+
+class VLMCLI(LightningCLI):
+    """LightningCLI for this package's module and datamodule."""
+
+    def __init__(self, args: Any = None, run: bool = True) -> None:
+        strict: dict[str, Any] = {"allow_abbrev": False, "parser_mode": "yaml"}
+        # jsonargparse overwrites a subcommand's allow_abbrev with the top level's: both are set.
+        parser_kwargs = {**strict, **{name: strict for name in _SUBCOMMANDS}} if run else strict
+        super().__init__(
+            NemotronVLModule,
+            VLMDataModule,
+            parser_class=VLMArgumentParser,
+            parser_kwargs=parser_kwargs,
+            save_config_callback=RunConfig,
+            auto_configure_optimizers=False,
+            seed_everything_default=42,
+            args=args,
+            run=run,
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Fills in what follows from something else in the config."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.data.processor is None:
+            config.data.processor = config.model.model_id
+        config.trainer.logger = _usable_loggers(config.trainer.logger)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Adds the prediction table and the throughput watcher unless configured."""
+        trainer = super().instantiate_trainer(**kwargs)
+        for kind in (PredictionTable, Throughput):
+            if not any(isinstance(callback, kind) for callback in trainer.callbacks):
+                trainer.callbacks.append(kind())
+        return trainer
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        args: Arguments; those of the process by default.
+
+    Returns:
+        Exit code: 0 good, 1 a problem in data or model, 2 wrong use.
+    """
+    try:
+        VLMCLI(args)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _usable_loggers(loggers: Any) -> Any:
+    """Makes a configured WandbLogger work when nobody is logged in (offline) or wandb is absent (left out, said)."""
+    if not isinstance(loggers, list) and not hasattr(loggers, "class_path"):
+        return loggers
+    kept = []
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if getattr(logger, "class_path", "").endswith("WandbLogger"):
+            if importlib.util.find_spec("wandb") is None:
+                rank_zero_info("wandb is not installed: the run is logged without it (pip install wandb)")
+                continue
+            if "WANDB_MODE" not in os.environ and not _logged_in_to_wandb():
+                rank_zero_info("nobody is logged in to W&B: the run is logged offline (wandb login; wandb sync)")
+                os.environ["WANDB_MODE"] = "offline"
+        kept.append(logger)
+    return kept or False
+
+
+def _logged_in_to_wandb() -> bool:
+    """Whether W&B would find a key: in the environment, or in the netrc file that ``wandb login`` writes."""
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return path.is_file() and host in netrc.netrc(path).hosts
+    except netrc.NetrcParseError as error:
+        rank_zero_info(f"{path} cannot be read ({error}): W&B is taken as logged out")
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

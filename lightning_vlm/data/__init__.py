@@ -1,0 +1,1 @@
+"""Rows -> planned, resumable, collated batches: sources, formats, plan, loader."""

@@ -1,0 +1,143 @@
+"""A loader whose position is one integer, exact after a stop anywhere, with any number of workers.
+
+It wraps torch's DataLoader but is not one, so Lightning leaves it alone. It counts batches that reached the training
+loop, not those that workers have drawn; it reads its start lazily at the first batch, because Lightning may build an
+iterator before it restores state. It also looks ahead by one optimizer step, to tell each micro-batch how many label
+tokens the whole step has: that number divides the loss.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_vlm.data.samplers import EpochPlan, PlannedBatch
+from lightning_vlm.schema import DataError, Sample, VLMBatch
+
+# Workers are forked after the tokenizer was used; its own thread pool would only warn and contend there.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class _BatchDataset(Dataset):
+    """Planned batch -> VLMBatch. A DataError travels back as a value: raised in a worker it would arrive as a traceback."""
+
+    def __init__(self, samples: Any, collate: Callable[[Sequence[Sample], bool], VLMBatch]) -> None:
+        self.samples, self.collate = samples, collate
+
+    def __getitem__(self, planned: PlannedBatch) -> VLMBatch | DataError:
+        try:
+            return self.collate([self.samples[index] for index in planned.indices], planned.counted)
+        except DataError as error:
+            return error
+
+
+class ResumableLoader:
+    """Iterates the batches of one rank, epoch after epoch.
+
+    Args:
+        samples: Map-style dataset of Samples.
+        plan: The epochs' plan.
+        collate: ``(samples, counted) -> VLMBatch``.
+        rank: Data-parallel rank.
+        num_workers: Worker processes; 0 loads in this process.
+        pin_memory: Pin tensors for a faster transfer to a GPU.
+        micro_batches: Returns how many micro-batches form an optimizer step.
+        stop: Returns how many batches of an epoch will be taken (``limit_train_batches``).
+    """
+
+    def __init__(
+        self,
+        samples: Any,
+        plan: EpochPlan,
+        collate: Callable[[Sequence[Sample], bool], VLMBatch],
+        rank: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        micro_batches: Callable[[], int] = lambda: 1,
+        stop: Callable[[], int] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.rank = rank
+        self.epoch = 0
+        self.yielded = 0
+        self._start = 0
+        self._batches = _BatchDataset(samples, collate)
+        self._options = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self._micro_batches = micro_batches
+        self._stop = stop or (lambda: len(plan))
+
+    batch_sampler = None  # Lightning asks for it wherever there is a sampler
+
+    @property
+    def sampler(self) -> ResumableLoader:
+        """Lightning calls ``loader.sampler.set_epoch``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Selects the epoch of the next iteration, unless a restored position already did."""
+        if epoch != self.epoch:
+            self.epoch, self.yielded, self._start = epoch, 0, 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, also when resumed inside one."""
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[VLMBatch]:
+        return self._generate()
+
+    def _generate(self) -> Iterator[VLMBatch]:
+        start, self._start = self._start, 0
+        self.yielded = start
+        stop = min(self._stop(), len(self.plan))
+        planned = self.plan.batches(self.epoch, self.rank)[start:stop]
+        stream = iter(DataLoader(self._batches, batch_size=None, sampler=planned, collate_fn=_identity, **self._options))
+        while self.yielded < stop:
+            step = self._take_step(stream, self.yielded, stop)
+            for batch in step:
+                self.yielded += 1  # before the yield: the consumer never asks for a batch after the last one
+                yield batch
+
+    def _take_step(self, stream: Iterator[VLMBatch | DataError], position: int, stop: int) -> list[VLMBatch]:
+        """The micro-batches up to the next optimizer step, each told the step's label tokens on this rank."""
+        size = self._micro_batches()
+        step = []
+        for item in islice(stream, min(size - position % size, stop - position)):
+            if isinstance(item, DataError):
+                raise item
+            step.append(item)
+        total = sum(batch.num_label_tokens for batch in step)
+        for batch in step:
+            batch.step_label_tokens = total
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: epoch, batches done in it, and the plan they belong to."""
+        return {"epoch": self.epoch, "yielded": self.yielded, "fingerprint": self.plan.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a position.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ValueError: If the plan has changed since (data, batch size, seed, sampler or number of ranks).
+        """
+        if state["fingerprint"] != self.plan.fingerprint and state["yielded"] < len(self.plan):
+            raise ValueError(
+                f"the checkpoint stopped after batch {state['yielded']} of epoch {state['epoch']} of another plan; to "
+                "resume exactly, keep data files, batch_size, sampler, seed and number of ranks as they were (now: "
+                f"{self.plan})"
+            )
+        epoch, yielded = state["epoch"], state["yielded"]
+        if yielded >= len(self.plan):  # a finished epoch continues with the next
+            epoch, yielded = epoch + 1, 0
+        self.epoch, self.yielded, self._start = epoch, yielded, yielded
+
+
+def _identity(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,208 @@
+"""Media size -> patch grid -> number of tokens: the one answer to "how long is this image?".
+
+Integer maths only, no tensors and no pixels, so a plan can be made from image headers alone. The processor resizes to
+exactly these grids and the model returns exactly these many rows; tests hold the three together.
+
+Two modes, as in the released models: ``dynamic`` (Nemotron-3-Nano-Omni: one grid near the image's own size) and
+``static`` (Nemotron-Nano-12B-v2-VL: InternVL tiles of one size plus a thumbnail).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Grid = tuple[int, int]
+"""A patch grid: (height, width) in patches."""
+
+Box = tuple[int, int, int, int]
+"""A pixel box (left, top, right, bottom)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageGeometry:
+    """How images become grids of patches.
+
+    Attributes:
+        mode: ``dynamic`` or ``static``.
+        patch_size: Side of a patch, in pixels.
+        merge_size: Patches per side that pixel shuffle merges into one token (1 / downsample_ratio).
+        min_num_patches: Dynamic mode: smaller images are enlarged to about this many patches.
+        max_num_patches: Dynamic mode: no image gets more patches.
+        max_model_len: Dynamic mode: context length in tokens, which also bounds the patches of one image.
+        tile_size: Static mode: side of a tile, in pixels.
+        max_tiles: Static mode: most tiles of one image, the thumbnail not counted.
+        use_thumbnail: Static mode: append a whole-image tile when there is more than one tile.
+    """
+
+    mode: Literal["dynamic", "static"] = "dynamic"
+    patch_size: int = 16
+    merge_size: int = 2
+    min_num_patches: int = 1024
+    max_num_patches: int = 13312
+    max_model_len: int = 16384
+    tile_size: int = 512
+    max_tiles: int = 12
+    use_thumbnail: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("dynamic", "static"):
+            raise ValueError(f"geometry mode is {self.mode!r}; expected 'dynamic' or 'static'")
+        if self.merge_size < 1 or self.patch_size < 1:
+            raise ValueError(f"patch_size ({self.patch_size}) and merge_size ({self.merge_size}) must be at least 1")
+        if self.max_num_patches < self.merge_size**2:
+            raise ValueError(f"max_num_patches ({self.max_num_patches}) is less than one token's {self.merge_size**2}")
+        if self.tile_size % (self.patch_size * self.merge_size):
+            raise ValueError(
+                f"tile_size ({self.tile_size}) is not a multiple of patch_size * merge_size "
+                f"({self.patch_size} * {self.merge_size})"
+            )
+
+    def image_grids(self, height: int, width: int) -> list[Grid]:
+        """The grids of one image: one in dynamic mode, one per tile (thumbnail last) in static mode.
+
+        Args:
+            height: Image height, in pixels.
+            width: Image width, in pixels.
+        """
+        _require_pixels(height, width)
+        if self.mode == "dynamic":
+            return [dynamic_grid(height, width, self.image_budget(), self)]
+        side = self.tile_size // self.patch_size
+        return [(side, side)] * num_tiles(height, width, self)
+
+    def image_budget(self, num_images: int = 1, text_tokens: int = 0) -> int:
+        """Patches that one image may have: what the context leaves, clamped to the configured range."""
+        available = max(
+            (self.max_model_len - text_tokens - 4) * self.merge_size**2, self.min_num_patches * num_images
+        )
+        return max(min(available, self.max_num_patches), self.min_num_patches)
+
+    def num_tokens(self, grids: Sequence[Grid]) -> int:
+        """Language-model tokens of the given grids, image start and end markers not counted."""
+        return sum(height * width // self.merge_size**2 for height, width in grids)
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """Language-model tokens of one image of ``height`` x ``width`` pixels."""
+        return self.num_tokens(self.image_grids(height, width))
+
+
+def dynamic_grid(height: int, width: int, budget: int, geometry: ImageGeometry) -> Grid:
+    """The grid that an image is resized to in dynamic mode.
+
+    Close to the image's own grid, scaled into ``[min_num_patches, budget]``, both sides multiples of ``merge_size``.
+    Source: Nemotron-3-Nano-Omni's image processor as shipped by transformers and vLLM; ``round(x + 0.5)`` keeps their
+    half-to-even rounding, which is part of the contract (64 x 32 pixels must give 276 tokens).
+
+    Args:
+        height: Image height, in pixels.
+        width: Image width, in pixels.
+        budget: Most patches of this image.
+        geometry: The other numbers.
+    """
+    merge, minimum = geometry.merge_size, geometry.min_num_patches
+    rows = round(height / geometry.patch_size + 0.5)
+    columns = round(width / geometry.patch_size + 0.5)
+
+    scale = min(math.sqrt(budget / (rows * columns)), 1.0)
+    rows, columns = math.floor(scale * rows), math.floor(scale * columns)
+    # The reference has no guard here: an extreme aspect ratio floors one side to zero patches and then divides by it.
+    rows, columns = max(rows, 1), max(columns, 1)
+
+    if budget > minimum and rows * columns < minimum:
+        scale = math.sqrt(minimum / (rows * columns))
+        rows, columns = math.ceil(scale * rows), math.ceil(scale * columns)
+
+    rows = _to_multiple(rows, merge, fits=lambda side: side * columns <= budget)
+    columns = _to_multiple(columns, merge, fits=lambda side: rows * side <= budget)
+    if rows * columns > budget:  # only where a side was held at the minimum above: the long side gives way
+        if columns >= rows:
+            columns = max(merge, budget // rows // merge * merge)
+        else:
+            rows = max(merge, budget // columns // merge * merge)
+    return rows, columns
+
+
+def fit_dynamic_grids(
+    sizes: Sequence[tuple[int, int]], geometry: ImageGeometry, max_tokens: int, text_tokens: int = 0
+) -> list[Grid]:
+    """Grids of several images that share one context of ``max_tokens`` tokens.
+
+    The images are scaled down together, in proportion, until their sum fits or each is at the minimum (at most ten
+    rounds). Source: vLLM's nano_nemotron_vl; transformers does not scale across images.
+
+    Args:
+        sizes: (height, width) in pixels per image.
+        geometry: The numbers; its ``max_model_len`` is replaced by ``max_tokens``.
+        max_tokens: Context length in tokens.
+        text_tokens: Tokens of the context that are taken by text.
+    """
+    minimum = geometry.min_num_patches
+    available = max((max_tokens - text_tokens - 4) * geometry.merge_size**2, minimum * len(sizes))
+    budgets = [max(min(available, geometry.max_num_patches), minimum)] * len(sizes)
+    grids: list[Grid] = []
+    for _ in range(10):
+        grids = [dynamic_grid(h, w, budget, geometry) for (h, w), budget in zip(sizes, budgets)]
+        patches = [rows * columns for rows, columns in grids]
+        if sum(patches) <= available:
+            break
+        scaled = [max(minimum, int(count * available / sum(patches))) for count in patches]
+        budgets = scaled if any(new < old for new, old in zip(scaled, budgets)) else [minimum] * len(sizes)
+    return grids
+
+
+def tile_ratio(height: int, width: int, geometry: ImageGeometry) -> Grid:
+    """Static mode: how many tiles (rows, columns) cover the image best.
+
+    The aspect ratio closest to the image's wins; on a tie the later (larger) one only if the image has more than half
+    of its area. Source: InternVL's preprocessing, as used by Nemotron-Nano-12B-v2-VL.
+
+    Args:
+        height: Image height, in pixels.
+        width: Image width, in pixels.
+        geometry: Gives ``tile_size`` and ``max_tiles``.
+    """
+    limit = geometry.max_tiles
+    ratios = sorted(
+        {(i, j) for i in range(1, limit + 1) for j in range(1, limit + 1) if i * j <= limit},
+        key=lambda ratio: (ratio[0] * ratio[1], ratio),
+    )
+    best, best_difference = (1, 1), math.inf
+    for columns, rows in ratios:
+        difference = abs(width / height - columns / rows)
+        if difference < best_difference:
+            best, best_difference = (rows, columns), difference
+        elif difference == best_difference and width * height > 0.5 * geometry.tile_size**2 * rows * columns:
+            best = (rows, columns)
+    return best
+
+
+def num_tiles(height: int, width: int, geometry: ImageGeometry) -> int:
+    """Static mode: number of tiles of an image, the thumbnail included."""
+    rows, columns = tile_ratio(height, width, geometry)
+    count = rows * columns
+    return count + 1 if geometry.use_thumbnail and count > 1 else count
+
+
+def tile_boxes(rows: int, columns: int, tile_size: int) -> list[Box]:
+    """Static mode: crop boxes, row-major, in an image that was resized to ``rows`` x ``columns`` tiles."""
+    return [
+        (column * tile_size, row * tile_size, (column + 1) * tile_size, (row + 1) * tile_size)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+
+
+def _to_multiple(side: int, merge: int, fits: Callable[[int], bool]) -> int:
+    remainder = side % merge
+    if not remainder:
+        return side
+    up = side + merge - remainder
+    return up if fits(up) else max(merge, side - remainder)
+
+
+def _require_pixels(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"an image of {height} x {width} pixels (height x width) has no pixels")

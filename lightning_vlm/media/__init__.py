@@ -1,0 +1,1 @@
+"""Bytes -> pixels: finding media safely, decoding them, cutting them into patches. Pure functions, no state."""

@@ -1,0 +1,157 @@
+"""NemotronVLConfig: one config for the released family and for tiny models of the same architecture.
+
+The parts keep transformers' own configs (`RadioConfig`, `NemotronHConfig`); here stand only the numbers that join them.
+The released config.json names (``llm_config``, ``img_context_token_id``...) are accepted and mapped.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+from transformers import NemotronHConfig, PretrainedConfig, RadioConfig
+
+_RELEASED_NAMES = {
+    "llm_config": "text_config",
+    "img_context_token_id": "image_token_id",
+    "vit_hidden_size": "vision_hidden_size",
+}
+
+
+class NemotronVLConfig(PretrainedConfig):
+    """Configuration of `NemotronVL`.
+
+    Args:
+        vision_config: RADIO tower, as a `RadioConfig` or its dict.
+        text_config: Hybrid language model, as a `NemotronHConfig` or its dict.
+        downsample_ratio: Pixel shuffle merges ``1 / downsample_ratio`` patches per side into one token.
+        ps_version: Pixel shuffle ``v2`` (released models) or ``v1``, which leaves the token grid transposed.
+        projector_hidden_size: Width of the projector's hidden layer.
+        vision_hidden_size: Width of the tower's features; must equal ``vision_config.hidden_size``.
+        image_token_id: Id of the placeholder that receives image features.
+        norm_mean: Per-channel pixel mean; the tower's own when left out.
+        norm_std: Per-channel pixel standard deviation; the tower's own when left out.
+        **kwargs: The released names of the above, and transformers' common options.
+
+    Raises:
+        ValueError: If two parts do not fit together, with both numbers.
+    """
+
+    model_type = "nemotron_vl"
+    sub_configs: ClassVar[dict[str, type]] = {"vision_config": RadioConfig, "text_config": NemotronHConfig}
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        vision_config: RadioConfig | dict[str, Any] | None = None,
+        text_config: NemotronHConfig | dict[str, Any] | None = None,
+        downsample_ratio: float = 0.5,
+        ps_version: str = "v2",
+        projector_hidden_size: int = 20480,
+        vision_hidden_size: int | None = None,
+        image_token_id: int | None = None,
+        norm_mean: list[float] | None = None,
+        norm_std: list[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        released = {new: kwargs.pop(old) for old, new in _RELEASED_NAMES.items() if kwargs.get(old) is not None}
+        self.vision_config = _sub_config(vision_config, RadioConfig)
+        self.text_config = _sub_config(text_config or released.get("text_config"), NemotronHConfig)
+        self.downsample_ratio = downsample_ratio
+        self.ps_version = ps_version
+        self.projector_hidden_size = projector_hidden_size
+        self.vision_hidden_size = (
+            vision_hidden_size or released.get("vision_hidden_size") or self.vision_config.hidden_size
+        )
+        self.image_token_id = image_token_id if image_token_id is not None else released.get("image_token_id")
+        self.norm_mean = list(norm_mean or self.vision_config.norm_mean)
+        self.norm_std = list(norm_std or self.vision_config.norm_std)
+        self._check()
+        kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        super().__init__(**kwargs)
+
+    @property
+    def merge_size(self) -> int:
+        """Patches per side that become one token."""
+        return round(1 / self.downsample_ratio)
+
+    @classmethod
+    def tiny(
+        cls,
+        vocab_size: int = 263,
+        image_token_id: int = 4,
+        pattern: str = "M-M*M-",
+        hidden_size: int = 128,
+        vision_hidden_size: int = 96,
+        vision_layers: int = 3,
+        patch_size: int = 8,
+        **text_options: Any,
+    ) -> Self:
+        """A model of the same architecture that learns on a laptop's CPU (about 1 million parameters).
+
+        The defaults fit the tokenizer of `lightning_vlm.processing.tiny`.
+
+        Args:
+            vocab_size: Rows of the embedding.
+            image_token_id: Placeholder id.
+            pattern: Layers of the language model: ``M`` Mamba2, ``*`` attention, ``-`` MLP, ``E`` mixture of experts.
+            hidden_size: Width of the language model.
+            vision_hidden_size: Width of the tower.
+            vision_layers: Blocks of the tower.
+            patch_size: Side of a patch, in pixels.
+            **text_options: Further `NemotronHConfig` options.
+        """
+        text: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "hybrid_override_pattern": pattern,
+            "intermediate_size": 2 * hidden_size,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": hidden_size // 4,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": hidden_size // 4,
+            "ssm_state_size": 32,
+            "n_groups": 2,
+            "chunk_size": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": hidden_size,
+            "moe_shared_expert_intermediate_size": hidden_size,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 3,
+            **text_options,
+        }
+        vision = {
+            "hidden_size": vision_hidden_size,
+            "num_hidden_layers": vision_layers,
+            "num_attention_heads": 4,
+            "mlp_ratio": 2.0,
+            "patch_size": patch_size,
+            "max_img_size": 32 * patch_size,
+        }
+        return cls(
+            vision_config=vision,
+            text_config=text,
+            projector_hidden_size=2 * hidden_size,
+            image_token_id=image_token_id,
+        )
+
+    def _check(self) -> None:
+        if self.vision_hidden_size != self.vision_config.hidden_size:
+            raise ValueError(
+                f"vision_hidden_size is {self.vision_hidden_size} but vision_config.hidden_size is "
+                f"{self.vision_config.hidden_size}; make them equal"
+            )
+        if self.ps_version not in ("v1", "v2"):
+            raise ValueError(f"ps_version is {self.ps_version!r}; expected 'v1' or 'v2'")
+        if self.image_token_id is not None and self.image_token_id >= self.text_config.vocab_size:
+            raise ValueError(
+                f"image_token_id is {self.image_token_id} but the vocabulary has {self.text_config.vocab_size} rows"
+            )
+
+
+def _sub_config(value: Any, kind: type) -> Any:
+    if value is None:
+        return kind()
+    return kind(**{k: v for k, v in value.items() if k != "model_type"}) if isinstance(value, dict) else value

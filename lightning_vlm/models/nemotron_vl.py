@@ -1,0 +1,270 @@
+"""NemotronVL: transformers' RADIO tower and NemotronH language model, joined as Nemotron-VL joins them.
+
+    pixel_values -> RADIO -> pixel shuffle -> projector --+
+                                                          v
+    input_ids ----------> embedding ------------------> fusion -> hybrid LM -> logits or loss
+
+Both networks are transformers' own; here is only what joins them. The attribute names are those of transformers'
+`NemotronH_Omni_Reasoning_V3`, so its state dict loads as it is, and the checkpoint key names are the released ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, NemotronHForCausalLM, PreTrainedModel, RadioModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lightning_vlm.models.config import NemotronVLConfig
+from lightning_vlm.models.fusion import FusionError, fuse
+from lightning_vlm.models.projector import MultiModalProjector, shuffle_images
+from lightning_vlm.ops.cross_entropy import linear_cross_entropy, naive_cross_entropy, shift_labels
+from lightning_vlm.ops.pixels import normalize_patches
+
+register_checkpoint_conversion_mapping(
+    "NemotronVL",
+    [
+        WeightRenaming(r"^mlp1\.0\.", r"multi_modal_projector\.layer_norm\."),
+        WeightRenaming(r"^mlp1\.1\.", r"multi_modal_projector\.linear_1\."),
+        WeightRenaming(r"^mlp1\.3\.", r"multi_modal_projector\.linear_2\."),
+    ],
+    overwrite=True,
+)
+
+
+class PixelNorm(nn.Module):
+    """Normalises uint8 patches on the device they are on; patches that are already floats pass through.
+
+    Args:
+        mean: Per-channel mean.
+        std: Per-channel standard deviation.
+    """
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """``(num_patches, 3 * patch_size**2)`` pixels in 0..255 (uint8) or normalised floats -> normalised floats."""
+        if pixel_values.is_floating_point():
+            return pixel_values
+        return normalize_patches(pixel_values, self.mean.float(), self.std.float())
+
+
+class NemotronVL(PreTrainedModel, GenerationMixin):
+    """A Nemotron-style vision-language model.
+
+    Args:
+        config: The configuration.
+    """
+
+    config_class = NemotronVLConfig
+    config: NemotronVLConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _is_stateful = True
+    _no_split_modules: ClassVar[list[str]] = ["RadioLayer", "NemotronHBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    # The released files carry the tower's own normaliser; ours reads the same numbers from the config.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"input_conditioner\."]
+    # RADIO has no layer scale: transformers adds one that is the identity, absent from the released files.
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"layer_scale\d+\.lambda1", r"summary_idxs"]
+
+    def __init__(self, config: NemotronVLConfig) -> None:
+        super().__init__(config)
+        self.language_model = NemotronHForCausalLM(config.text_config)
+        self.vision_model = RadioModel(config.vision_config)
+        self.vision_model.make_preprocessor_external()
+        self.pixel_norm = PixelNorm(config.norm_mean, config.norm_std)
+        self.multi_modal_projector = MultiModalProjector(
+            config.vision_hidden_size * config.merge_size**2,
+            config.projector_hidden_size,
+            config.text_config.hidden_size,
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language-model head."""
+        return self.language_model.lm_head
+
+    def get_image_features(self, pixel_values: Tensor, image_grid_hw: Tensor) -> tuple[Tensor, list[int]]:
+        """Images as language-model tokens.
+
+        Args:
+            pixel_values: ``(num_patches, 3 * patch_size**2)``, all images concatenated; uint8 pixels or normalised floats.
+            image_grid_hw: ``(num_images, 2)`` patch grid of each image.
+
+        Returns:
+            ``(num_tokens, hidden_size)`` features and the number of them per image.
+
+        Raises:
+            FusionError: If the grids do not describe the patches, or are not multiples of ``merge_size``.
+        """
+        grids: list[tuple[int, int]] = [(rows, columns) for rows, columns in image_grid_hw.tolist()]
+        merge = self.config.merge_size
+        described = sum(rows * columns for rows, columns in grids)
+        if described != pixel_values.shape[0]:
+            raise FusionError(
+                f"pixel_values has {pixel_values.shape[0]} patches but image_grid_hw describes {described}; "
+                "take both from one call of the processor"
+            )
+        if odd := [grid for grid in grids if grid[0] % merge or grid[1] % merge]:
+            raise FusionError(f"image grid {odd[0]} is not a multiple of {merge} patches per side")
+        pixels = self.pixel_norm(pixel_values).to(self.vision_model.dtype)
+        features = self.vision_model(pixels, image_grid_hw=image_grid_hw).features
+        features = shuffle_images(features, grids, merge, self.config.ps_version)
+        return self.multi_modal_projector(features), [rows * columns // merge**2 for rows, columns in grids]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool = False,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Runs the model on a padded batch.
+
+        Args:
+            input_ids: ``(B, T)``; image placeholders are ``config.image_token_id``.
+            attention_mask: ``(B, T)``, 1 for tokens and 0 for padding.
+            cu_seqlens: Boundaries of a packed row. Not accepted yet: packing needs Mamba layers that reset their state.
+            pixel_values: ``(num_patches, 3 * patch_size**2)``, images in reading order over the rows.
+            image_grid_hw: ``(num_images, 2)``.
+            position_ids: ``(B, T)``; the language model has no positional encoding, they only shape masks.
+            past_key_values: Cache of a generation in progress.
+            inputs_embeds: ``(B, T, D)`` instead of ``input_ids`` (text only).
+            labels: ``(B, T)`` aligned with ``input_ids``, -100 where not trained on; shifted inside.
+            use_cache: Whether to return a cache; off while training.
+            logits_to_keep: Compute logits of the last so many positions only (0: all).
+            num_items_in_batch: Divide the summed loss by this instead of by the batch's own label tokens.
+            skip_logits: With ``labels``: compute the loss without materialising logits and return none.
+            **kwargs: Passed to the language model.
+
+        Returns:
+            ``loss`` (float32 scalar, if ``labels``), ``logits`` ``(B, T, V)`` float32 (unless skipped), cache.
+
+        Raises:
+            FusionError: If placeholders and image features differ in number.
+            NotImplementedError: If ``cu_seqlens`` is given.
+        """
+        if cu_seqlens is not None:
+            raise NotImplementedError(
+                "cu_seqlens (a packed row) is not supported yet: Mamba layers would carry state across documents; "
+                "pass a padded batch with attention_mask"
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = self._with_images(inputs_embeds, input_ids, pixel_values, image_grid_hw)
+
+        outputs = self.language_model.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=False if self.training else use_cache,
+            **kwargs,
+        )
+        hidden, head = outputs.last_hidden_state, self.language_model.lm_head
+        if labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            return self._output(outputs, logits=head(hidden[:, kept, :]).float())
+
+        targets = shift_labels(labels)
+        if skip_logits:
+            logits, total = None, linear_cross_entropy(hidden, head, targets)
+        else:
+            logits = head(hidden).float()
+            total = naive_cross_entropy(logits, targets)
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets >= 0).sum().clamp(min=1)
+        return self._output(outputs, loss=total / num_items_in_batch, logits=logits)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Gives the images to the first step only: afterwards they live in the cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if kwargs.get("past_key_values") is not None and not kwargs.get("is_first_iteration", False):
+            inputs["pixel_values"] = inputs["image_grid_hw"] = None
+        inputs.setdefault("logits_to_keep", 1)
+        return inputs
+
+    @staticmethod
+    def create_masks_for_generate(config: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Both masks of the hybrid language model."""
+        return NemotronHForCausalLM.create_masks_for_generate(config.text_config, *args, **kwargs)
+
+    def _with_images(
+        self, inputs_embeds: Tensor, input_ids: Tensor | None, pixel_values: Tensor | None, grids: Tensor | None
+    ) -> Tensor:
+        is_placeholder = None if input_ids is None else input_ids == self.config.image_token_id
+        if pixel_values is not None:
+            if is_placeholder is None or grids is None:
+                raise FusionError("pixel_values needs input_ids (placeholder positions) and image_grid_hw beside it")
+            features, tokens_per_image = self.get_image_features(pixel_values, grids)
+            return fuse(inputs_embeds, features, is_placeholder, tokens_per_image)
+        if is_placeholder is not None and input_ids is not None and input_ids.shape[1] > 1 and is_placeholder.any():
+            row = int(is_placeholder.any(-1).nonzero()[0])
+            raise FusionError(
+                f"row {row} has {int(is_placeholder[row].sum())} image placeholder tokens and no image was given", row
+            )
+        if self.training and torch.is_grad_enabled():
+            return inputs_embeds + self._absent_image(inputs_embeds)
+        return inputs_embeds
+
+    def _absent_image(self, like: Tensor) -> Tensor:
+        """A zero that depends on every vision parameter.
+
+        A text-only batch must reach the tower too, or data-parallel ranks with images would wait for it forever. It
+        stays outside the token sequence, where a Mamba state would see it.
+        """
+        merge, patch_dim = self.config.merge_size, self.config.vision_config.patch_dim
+        blank = torch.zeros(merge**2, patch_dim, dtype=torch.uint8, device=like.device)
+        grid = torch.tensor([[merge, merge]], device=like.device)
+        features, _ = self.get_image_features(blank, grid)
+        return (features.sum() * 0.0).to(like.dtype)
+
+    @staticmethod
+    def _output(outputs: Any, loss: Tensor | None = None, logits: Tensor | None = None) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, PixelNorm):  # buffers that are not in the checkpoint must survive meta-device loading
+            init.copy_(module.mean, torch.tensor(self.config.norm_mean))
+            init.copy_(module.std, torch.tensor(self.config.norm_std))
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=self.config.text_config.initializer_range)

@@ -1,0 +1,262 @@
+"""NemotronVLModule: a NemotronVL under Lightning. Steps, scores, optimizer; no strategy and no file format.
+
+Built from plain values that a checkpoint can hold; the network itself is made in `configure_model`, on the device and in
+the precision of the Trainer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import ModuleDict
+from torch.optim import AdamW
+
+from lightning_vlm.models.config import NemotronVLConfig
+from lightning_vlm.models.fusion import FusionError
+from lightning_vlm.models.nemotron_vl import NemotronVL
+from lightning_vlm.processing.processor import NemotronVLProcessor
+from lightning_vlm.schema import DataError, VLMBatch
+from lightning_vlm.training.freezing import freeze
+from lightning_vlm.training.generation import generate_answers
+from lightning_vlm.training.losses import divide_loss, step_label_tokens
+from lightning_vlm.training.metrics import SCORES, MeanOverTokens
+from lightning_vlm.training.optim import parameter_groups, warmup_cosine
+
+
+class NemotronVLModule(L.LightningModule):
+    """Trains and evaluates a Nemotron-style vision-language model.
+
+    Args:
+        model_id: Folder or repository name of a model.
+        config: Instead of ``model_id``: a `NemotronVLConfig` or its dict, for a model with random weights.
+        init: ``pretrained`` loads the weights of ``model_id``; ``random`` takes its config only.
+        lr: Peak learning rate, or one per part: ``{vision: 2e-6, projector: 1e-4, language: 1e-5}``.
+        weight_decay: Of weight matrices.
+        betas: Of AdamW.
+        warmup: Warm-up steps, or a fraction of the run if below 1.
+        min_lr_ratio: Learning rate at the end of the run, relative to the peak.
+        freeze: Parts that are not trained: ``vision``, ``projector``, ``language``.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        generate_on_validation: Score generated answers in validation, besides the loss.
+        max_new_tokens: Longest generated answer.
+
+    Raises:
+        ValueError: If not exactly one of ``model_id`` and ``config`` is given.
+    """
+
+    def __init__(
+        self,
+        model_id: str | None = None,
+        config: Any = None,
+        init: Literal["pretrained", "random"] = "pretrained",
+        lr: float | dict[str, float] = 1e-5,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup: float = 0.03,
+        min_lr_ratio: float = 0.1,
+        freeze: list[str] | None = None,
+        gradient_checkpointing: bool = False,
+        generate_on_validation: bool = True,
+        max_new_tokens: int = 64,
+    ) -> None:
+        super().__init__()
+        if (model_id is None) == (config is None):
+            raise ValueError("NemotronVLModule takes either model_id or config; give one of them")
+        config = config.to_dict() if isinstance(config, NemotronVLConfig) else config
+        self.save_hyperparameters()
+        self.model: NemotronVL | None = None
+        self.processor: NemotronVLProcessor | None = None
+        self.val_loss = MeanOverTokens()
+        self.scores = ModuleDict()
+        self._step_loss: Tensor | None = None
+        self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
+
+    def configure_model(self) -> None:
+        """Makes the network, once."""
+        if self.model is not None:
+            return
+        options = self.hparams
+        if options.config is not None:
+            model = NemotronVL(NemotronVLConfig.from_dict(options.config))
+        elif options.init == "random":
+            model = NemotronVL(NemotronVLConfig.from_pretrained(options.model_id))
+        else:
+            model = NemotronVL.from_pretrained(options.model_id, dtype=torch.get_default_dtype())
+        model.train()
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        freeze(model, options.freeze or [])
+        self.model = model
+
+    def setup(self, stage: str) -> None:
+        """Takes the processor and the names of score groups from the datamodule."""
+        datamodule = self._datamodule
+        if datamodule is None:
+            return
+        self.processor = datamodule.processor
+        for split in {"fit": ("val",), "validate": ("val",), "test": ("test",)}.get(stage, ()):
+            for key in [split, *(_score_key(split, group) for group in datamodule.groups(split))]:
+                if key not in self.scores:
+                    self.scores[key] = ModuleDict({name: score() for name, score in SCORES.items()})
+        self.scores.to(self.device)
+
+    def forward(self, **inputs: Any) -> Any:
+        """Calls the model, see `NemotronVL.forward`."""
+        return self.network(**inputs)
+
+    @property
+    def network(self) -> NemotronVL:
+        """The model; made now if the Trainer has not made it."""
+        if self.model is None:
+            self.configure_model()
+        assert self.model is not None
+        return self.model
+
+    def training_step(self, batch: VLMBatch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch, as its share of the whole step's mean."""
+        label_tokens = step_label_tokens(batch.step_label_tokens, self.device)
+        loss_sum = self._loss_sum(batch)
+        share = loss_sum.detach() / label_tokens.to(loss_sum.device, loss_sum.dtype)
+        self._step_loss = share if self._step_loss is None else self._step_loss + share
+        return divide_loss(loss_sum, label_tokens, self.trainer.accumulate_grad_batches, self.trainer.world_size)
+
+    def on_train_batch_start(self, batch: VLMBatch, batch_idx: int) -> None:
+        """Makes random numbers (dropout) a function of the position, so a resumed run draws the same ones."""
+        position = (self._seed, self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(hash(position) % 2**63)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the whole step's loss and the norm of its gradient before clipping."""
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients), prog_bar=False)
+        if self._step_loss is not None:
+            loss = self.trainer.strategy.reduce(self._step_loss, reduce_op="sum")
+            self.log("train/loss", loss, prog_bar=True)
+            self._step_loss = None
+
+    def validation_step(self, batch: VLMBatch, batch_idx: int) -> dict[str, Any]:
+        """Loss and, if wanted, generated answers; see `_evaluate`."""
+        return self._evaluate(batch, "val", self.hparams.generate_on_validation)
+
+    def test_step(self, batch: VLMBatch, batch_idx: int) -> dict[str, Any]:
+        """Loss and generated answers."""
+        return self._evaluate(batch, "test", generates=True)
+
+    def predict_step(self, batch: VLMBatch, batch_idx: int) -> dict[str, Any]:
+        """Generated answers."""
+        return {"answers": self.answer(batch)}
+
+    def answer(self, batch: VLMBatch) -> list[str]:
+        """Generates an answer to each row's prompt.
+
+        Args:
+            batch: A padded batch on this module's device.
+
+        Raises:
+            ValueError: If there is no processor to decode with.
+        """
+        if self.processor is None:
+            raise ValueError("the module has no processor; set module.processor or fit with a VLMDataModule")
+        in_step = self._trainer is not None and self.trainer.world_size > 1
+        return generate_answers(self.network, self.processor, batch, self.hparams.max_new_tokens, in_step)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the scores of the whole validation set."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the scores of the whole test set."""
+        self._log_scores("test")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with a group per part, warm-up and cosine over our own count of steps."""
+        options = self.hparams
+        groups = parameter_groups(self.network, options.lr, options.weight_decay)
+        optimizer = AdamW(groups, betas=tuple(options.betas))
+        schedule = warmup_cosine(optimizer, self.total_steps(), options.warmup, options.min_lr_ratio)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the run, from the data plan.
+
+        Never from ``trainer.estimated_stepping_batches``, which builds the loader before its position is restored.
+
+        Raises:
+            ValueError: If the run has no end, or its data is not a `VLMDataModule`'s and ``max_steps`` is not set.
+        """
+        trainer = self.trainer
+        limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0 and self._datamodule is not None:
+            batches = len(self._datamodule.train_plan())
+            if trainer.overfit_batches > 0:
+                batches = _limited(batches, trainer.overfit_batches)
+            batches = _limited(batches, trainer.limit_train_batches)
+            limits.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+        if not limits:
+            raise ValueError("the schedule needs to know the number of steps; set trainer.max_steps or max_epochs")
+        return min(limits)
+
+    @property
+    def _datamodule(self) -> Any:
+        return getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+
+    def _loss_sum(self, batch: VLMBatch) -> Tensor:
+        try:
+            return self.network(
+                **batch.model_inputs(), labels=batch.labels, num_items_in_batch=1, skip_logits=True, use_cache=False
+            ).loss
+        except FusionError as error:
+            if error.row is None:
+                raise
+            raise DataError(
+                batch.sources[error.row], str(error), "use the processor that belongs to the model"
+            ) from error
+
+    def _evaluate(self, batch: VLMBatch, split: str, generates: bool) -> dict[str, Any]:
+        self.val_loss.update(self._loss_sum(batch), batch.num_label_tokens)
+        self.log(f"{split}/loss", self.val_loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch))
+        if not generates:
+            return {}
+        answers = self.answer(batch)
+        rows = [row for row in range(len(batch)) if batch.counted[row]]
+        for row in rows:
+            for key in (split, _score_key(split, group_of(batch.sources[row]))):
+                for score in self.scores[key].values() if key in self.scores else ():
+                    score.update([answers[row]], [batch.references[row]])
+        return {"answers": answers}
+
+    def _log_scores(self, split: str) -> None:
+        for key, scores in self.scores.items():
+            where, _, group = key.partition("/")
+            if where != split:
+                continue
+            for name, score in scores.items():
+                # Every rank computes every score, also one it has no answers for: computing is a collective call.
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+                    value = score.compute()
+                if not value.isnan():
+                    self.log("/".join(filter(None, (split, "gen", name, group))), value)
+                score.reset()
+
+
+def group_of(source: str) -> str:
+    """Score group of a sample: the stem of its file, from ``file:line``."""
+    return source.rpartition(":")[0].replace("\\", "/").rpartition("/")[2].rpartition(".")[0]
+
+
+def _score_key(split: str, group: str) -> str:
+    return f"{split}/{group.replace('.', '_')}"  # torch allows no dot in a module's name
+
+
+def _limited(batches: int, limit: int | float | None) -> int:
+    """Lightning's rule for ``limit_*_batches``: an int is a number of batches, a float a fraction."""
+    if limit is None:
+        return batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)

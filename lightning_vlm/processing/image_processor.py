@@ -1,0 +1,152 @@
+"""The transformers image processor of the family: PIL images in, packed patches and their grids out.
+
+Pillow only, so it installs anywhere; by default it leaves pixels in uint8 and lets the model normalise on its device.
+``do_normalize=True`` gives the float path instead: resized without clamping and normalised, as transformers does it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs
+
+from lightning_vlm.geometry import Grid, ImageGeometry
+from lightning_vlm.media.image import image_to_patches
+from lightning_vlm.ops.pixels import normalize_patches
+
+
+class NemotronVLImageKwargs(ImagesKwargs, total=False):
+    """Options of `NemotronVLImageProcessor`; the meaning of each is in `ImageGeometry`."""
+
+    mode: str
+    patch_size: int
+    downsample_ratio: float
+    min_num_patches: int
+    max_num_patches: int
+    max_model_len: int
+    tile_size: int
+    max_tiles: int
+    use_thumbnail: bool
+
+
+class NemotronVLImageProcessor(PilBackend):
+    """Resizes images as Nemotron-VL models were trained, in ``dynamic`` or ``static`` mode.
+
+    Args:
+        mode: ``dynamic`` (Nemotron-3-Nano-Omni) or ``static`` (Nemotron-Nano-12B-v2-VL tiles).
+        patch_size: Side of a vision-tower patch, in pixels.
+        downsample_ratio: Pixel-shuffle ratio of the model.
+        min_num_patches: See `ImageGeometry`.
+        max_num_patches: See `ImageGeometry`.
+        max_model_len: See `ImageGeometry`.
+        tile_size: See `ImageGeometry`.
+        max_tiles: See `ImageGeometry`.
+        use_thumbnail: See `ImageGeometry`.
+        do_normalize: Return normalised float32 patches instead of uint8 ones.
+        image_mean: Per-channel mean for ``do_normalize`` (released configs call it ``norm_mean``).
+        image_std: Per-channel standard deviation for ``do_normalize`` (released configs call it ``norm_std``).
+    """
+
+    valid_kwargs = NemotronVLImageKwargs
+    model_input_names = ["pixel_values", "image_grid_hw"]  # noqa: RUF012  transformers' name and type
+
+    mode = "dynamic"
+    patch_size = 16
+    downsample_ratio = 0.5
+    min_num_patches = 1024
+    max_num_patches = 13312
+    max_model_len = 16384
+    tile_size = 512
+    max_tiles = 12
+    use_thumbnail = True
+    do_convert_rgb = True
+    do_normalize = False
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+
+    def __init__(self, **kwargs: Any) -> None:
+        for released, name in (("norm_mean", "image_mean"), ("norm_std", "image_std")):
+            if (value := kwargs.pop(released, None)) is not None:
+                kwargs.setdefault(name, value)
+        super().__init__(**kwargs)
+
+    @property
+    def geometry(self) -> ImageGeometry:
+        """The integer side of this processor: sizes to grids to token counts."""
+        return _geometry(vars(self))
+
+    def patchify(self, images: list[Image.Image], **overrides: Any) -> tuple[Tensor, list[list[Grid]]]:
+        """Cuts images into one stack of patches.
+
+        Args:
+            images: RGB images.
+            **overrides: Any constructor argument, for this call only.
+
+        Returns:
+            ``(num_patches, 3 * patch_size**2)`` patches, uint8 pixels or normalised float32; and per image the grids of
+            its tiles (one grid in dynamic mode).
+        """
+        options = {**vars(self), **overrides}
+        geometry, as_float = _geometry(options), bool(options["do_normalize"])
+        patches, grids = zip(*(image_to_patches(image, geometry, as_float=as_float) for image in images))
+        stacked = torch.cat(patches)
+        if as_float:
+            mean, std = torch.tensor(options["image_mean"]), torch.tensor(options["image_std"])
+            stacked = normalize_patches(stacked, mean, std)
+        return stacked, list(grids)
+
+    def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        # The one hook between transformers' argument checking and our pixels: everything else is inherited.
+        flat = [to_rgb(image) for image in make_flat_list_of_images(images)]
+        patches, grids = self.patchify(flat, **{k: v for k, v in kwargs.items() if v is not None})
+        rows = torch.tensor([grid for tiles in grids for grid in tiles])
+        data = {"pixel_values": patches, "image_grid_hw": rows}
+        return BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
+
+
+def to_rgb(image: Any) -> Image.Image:
+    """A PIL image, numpy array or tensor, ``(H, W)``, ``(H, W, 3)`` or ``(3, H, W)`` in 0..255, as an RGB PIL image.
+
+    Args:
+        image: The image.
+
+    Raises:
+        ValueError: If an array's shape or value range is not an image's.
+    """
+    if isinstance(image, Image.Image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    array = np.asarray(image)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3):
+        raise ValueError(f"an image array has shape {array.shape}; expected (H, W), (H, W, 3) or (3, H, W)")
+    if array.dtype != np.uint8:
+        if array.size and (array.min() < 0 or array.max() > 255 or (0 < array.max() <= 1)):
+            raise ValueError(
+                f"an image array of {array.dtype} spans {array.min()}..{array.max()}; expected pixels in 0..255"
+            )
+        array = array.round().astype(np.uint8)
+    return Image.fromarray(array).convert("RGB")
+
+
+def _geometry(options: dict[str, Any]) -> ImageGeometry:
+    return ImageGeometry(
+        mode=options["mode"],
+        patch_size=options["patch_size"],
+        merge_size=round(1 / options["downsample_ratio"]),
+        min_num_patches=options["min_num_patches"],
+        max_num_patches=options["max_num_patches"],
+        max_model_len=options["max_model_len"],
+        tile_size=options["tile_size"],
+        max_tiles=options["max_tiles"],
+        use_thumbnail=options["use_thumbnail"],
+    )

@@ -1,0 +1,49 @@
+"""Rendered spans -> input_ids and labels. This is where labels are made.
+
+The joined text is tokenised once, exactly as at inference, and a token is trained on iff it holds a character of a
+trained span. Labels are aligned with the input; the model shifts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_vlm.processing.chat import Span
+from lightning_vlm.schema import IGNORE_INDEX
+
+
+def tokenize_spans(tokenizer: Any, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+    """Tokenises spans and labels the trained ones.
+
+    Args:
+        tokenizer: A fast tokenizer (character offsets are needed).
+        spans: Rendered text in order; no special tokens are added to it.
+
+    Returns:
+        ``input_ids`` and ``labels``, both ``(L,)`` int64; labels are -100 outside trained spans.
+
+    Raises:
+        ValueError: If the tokenizer gives no character offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer (tokenizer.json)"
+        )
+    text = "".join(span.text for span in spans)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    trained = torch.zeros(len(text) + 1, dtype=torch.bool)
+    position = 0
+    for span in spans:
+        trained[position : position + len(span.text)] = span.trained
+        position += len(span.text)
+
+    input_ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    offsets = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
+    # A token that straddles the start of a trained span counts: it holds the answer's first characters.
+    cumulative = torch.nn.functional.pad(trained.cumsum(0), (1, 0))
+    is_trained = cumulative[offsets[:, 1]] > cumulative[offsets[:, 0]]
+    return input_ids, input_ids.where(is_trained, IGNORE_INDEX)

@@ -1,0 +1,235 @@
+"""NemotronVLProcessor: the tokenizer and the image processor of the family as one transformers processor.
+
+Two doors. ``processor(text=..., images=...)`` is what any transformers user calls for inference; ``processor.encode``
+turns a Conversation into a training Sample. Both expand images by the same function, so what is trained is what is
+served.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ProcessorMixin
+
+from lightning_vlm.geometry import Grid, ImageGeometry
+from lightning_vlm.processing.chat import Span, render_prompt, render_turns, to_messages
+from lightning_vlm.processing.image_processor import NemotronVLImageKwargs, NemotronVLImageProcessor, to_rgb
+from lightning_vlm.processing.labels import tokenize_spans
+from lightning_vlm.schema import IGNORE_INDEX, Conversation, DataError, Sample
+
+
+class NemotronVLProcessor(ProcessorMixin):
+    """Processor of Nemotron-VL models.
+
+    Args:
+        image_processor: Resizes and cuts images.
+        tokenizer: A fast tokenizer with a chat template and the tokens below.
+        chat_template: Replaces the tokenizer's own template.
+        image_token: Placeholder; one per projected feature after expansion. Always resolved by its text, because
+            released revisions give it different ids.
+        image_start_token: Opens each image's run of placeholders.
+        image_end_token: Closes it.
+
+    Raises:
+        ValueError: If one of the three tokens is not a single token of the tokenizer.
+    """
+
+    def __init__(
+        self,
+        image_processor: NemotronVLImageProcessor,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        image_start_token: str = "<img>",
+        image_end_token: str = "</img>",
+        **kwargs: Any,
+    ) -> None:
+        self.image_token = image_token
+        self.image_start_token = image_start_token
+        self.image_end_token = image_end_token
+        self.image_token_id = token_id(tokenizer, image_token)
+        self.image_start_token_id = token_id(tokenizer, image_start_token)
+        self.image_end_token_id = token_id(tokenizer, image_end_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Loads tokenizer and image processor from a folder (or, if the hub may be reached, a repository name).
+
+        Args:
+            pretrained_model_name_or_path: Folder or repository name.
+            **kwargs: Options of the image processor, or of the hub download.
+        """
+        image_options = _pop_image_options(kwargs)
+        image_processor = NemotronVLImageProcessor.from_pretrained(
+            pretrained_model_name_or_path, **image_options, **kwargs
+        )
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        names = {name: saved[name] for name in _TOKEN_NAMES if name in saved}
+        return cls(image_processor=image_processor, tokenizer=tokenizer, **names)
+
+    @property
+    def geometry(self) -> ImageGeometry:
+        """Sizes to grids to token counts."""
+        return self.image_processor.geometry
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepares model inputs.
+
+        Args:
+            images: An image, or all images of the batch in reading order.
+            text: One text or several, with one ``<image>`` per image.
+            **kwargs: Tokenizer options (``padding``, ``return_tensors``...) and image options.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, and with images ``pixel_values`` ``(num_patches, 3 * patch_size**2)``
+            and ``image_grid_hw`` ``(num_images, 2)``.
+
+        Raises:
+            ValueError: If texts and images do not match, with both counts.
+        """
+        if text is None:
+            raise ValueError("text is missing; expected a text with one <image> per image")
+        texts = [text] if isinstance(text, str) else list(text)
+        return_tensors = kwargs.pop("return_tensors", None)
+        image_options = _pop_image_options(kwargs)
+        data: dict[str, Any] = {}
+        grids: list[list[Grid]] = []
+        if images is not None:
+            flat = [to_rgb(image) for image in make_flat_list_of_images(images)]
+            data["pixel_values"], grids = self.image_processor.patchify(flat, **image_options)
+            data["image_grid_hw"] = torch.tensor([grid for tiles in grids for grid in tiles])
+        found = sum(item.count(self.image_token) for item in texts)
+        if found != len(grids):
+            raise ValueError(f"text has {found} {self.image_token} placeholder(s) for {len(grids)} image(s)")
+        remaining = iter(grids)
+        kwargs.setdefault("add_special_tokens", False)
+        encoded = self.tokenizer([self._expand(item, remaining) for item in texts], **kwargs)
+        return BatchFeature(data={**encoded, **data}, tensor_type=return_tensors)
+
+    def encode(
+        self,
+        conversation: Conversation,
+        images: Sequence[Image.Image],
+        *,
+        answer: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> Sample:
+        """Makes a training or evaluation Sample.
+
+        Args:
+            conversation: The conversation.
+            images: Its decoded images, in reading order.
+            answer: The model is to answer: the conversation ends with a generation prompt and nothing is trained on.
+            template_kwargs: Extra chat-template variables.
+
+        Raises:
+            DataError: If the conversation cannot be rendered or holds more or fewer images than given.
+        """
+        source = conversation.source
+        messages = to_messages(conversation, self.image_token)
+        if answer:
+            spans = [Span(render_prompt(self.tokenizer, messages, source, template_kwargs), trained=False)]
+        else:
+            spans = render_turns(self.tokenizer, messages, source, template_kwargs)
+
+        patches: Tensor | None = None
+        rows: Tensor | None = None
+        grids: list[list[Grid]] = []
+        if images:
+            patches, grids = self.image_processor.patchify(list(images))
+            rows = torch.tensor([grid for tiles in grids for grid in tiles])
+        found = sum(span.text.count(self.image_token) for span in spans)
+        if found != len(images):
+            raise DataError(
+                source,
+                f"the chat template rendered {found} image placeholder(s) for {len(images)} image(s)",
+                "use a chat_template that prints every turn's content",
+            )
+        remaining = iter(grids)
+        expanded = [Span(self._expand(span.text, remaining), span.trained) for span in spans]
+        input_ids, labels = tokenize_spans(self.tokenizer, expanded)
+        if (placeholders := int((input_ids == self.image_token_id).sum())) != self._num_tokens(grids):
+            raise DataError(
+                source,
+                f"{placeholders} image placeholders were tokenised, expected {self._num_tokens(grids)}",
+                "use the tokenizer that belongs to the model",
+            )
+        return Sample(
+            input_ids=input_ids,
+            labels=labels,
+            pixel_values=patches,
+            image_grid_hw=rows,
+            prompt_length=last_answer_start(labels),
+            prompt="".join(span.text for span in _before_last_answer(spans)),
+            references=conversation.references or (conversation.turns[-1].text,),
+            source=source,
+        )
+
+    def _expand(self, text: str, grids: Iterable[list[Grid]]) -> str:
+        """Replaces each placeholder by its image's run: start, one placeholder per token of all its tiles, end."""
+        pieces = text.split(self.image_token)
+        runs = (
+            self.image_start_token + self.image_token * self.geometry.num_tokens(tiles) + self.image_end_token
+            for tiles in grids
+        )
+        return pieces[0] + "".join(next(runs) + piece for piece in pieces[1:])
+
+    def _num_tokens(self, grids: list[list[Grid]]) -> int:
+        return sum(self.geometry.num_tokens(tiles) for tiles in grids)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What `NemotronVL.forward` takes from a call."""
+        return ["input_ids", "attention_mask", "pixel_values", "image_grid_hw"]
+
+
+_TOKEN_NAMES = ("image_token", "image_start_token", "image_end_token")
+
+
+def _pop_image_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = {*NemotronVLImageKwargs.__annotations__, "do_normalize", "image_mean", "image_std"}
+    return {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+
+
+def token_id(tokenizer: Any, token: str) -> int:
+    """Id of a token by its text.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        token: The token's text.
+
+    Raises:
+        ValueError: If the tokenizer does not hold it as one token.
+    """
+    index = tokenizer.convert_tokens_to_ids(token)
+    if index is None or index == tokenizer.unk_token_id:
+        raise ValueError(f"the tokenizer has no token {token!r}; add it as a special token or name the one it uses")
+    return index
+
+
+def last_answer_start(labels: Tensor) -> int:
+    """Index of the first token of the last trained run of ``labels`` ``(L,)``; ``L`` if nothing is trained on."""
+    trained = labels != IGNORE_INDEX
+    starts = trained & ~torch.nn.functional.pad(trained[:-1], (1, 0))
+    found = starts.nonzero().flatten()
+    return int(found[-1]) if len(found) else len(labels)
+
+
+def _before_last_answer(spans: list[Span]) -> list[Span]:
+    trained = [index for index, span in enumerate(spans) if span.trained]
+    return spans[: trained[-1]] if trained else spans

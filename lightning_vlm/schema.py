@@ -1,0 +1,200 @@
+"""The three contracts of the data path: Conversation -> Sample -> VLMBatch.
+
+Each stage hands exactly one of these to the next, so a stage can be read, tested or replaced alone. The trade-off is
+a little copying between plain dataclasses in exchange for shapes that are checked where they are made. The error
+that every room of the data path raises, `DataError`, lives here too: it always names the place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from collections.abc import Callable
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a token that is not trained on (the value that PyTorch's and transformers' losses ignore)."""
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+
+
+class DataError(ValueError):
+    """Wrong input, told in one sentence: the place, what was found, what was expected, what to change.
+
+    Args:
+        source: Where the input came from, e.g. ``train.jsonl:12``.
+        problem: What was found and what was expected.
+        fix: What the user can change.
+    """
+
+    def __init__(self, source: str, problem: str, fix: str) -> None:
+        super().__init__(source, problem, fix)
+        self.source, self.problem, self.fix = source, problem, fix
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.problem}; {self.fix}."
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A run of text inside a turn."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image inside a turn, by reference: a path under the media root, a ``data:`` URI, or (if allowed) a URL."""
+
+    ref: str
+
+
+Part = Text | ImageRef
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message: who speaks, and its text and images in reading order."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The turn's text without its images."""
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a row of data means, whatever format it was written in. Nothing is decoded or tokenised yet.
+
+    Attributes:
+        turns: The messages in order.
+        source: ``file:line`` of the row; every error names it.
+        references: Accepted answers for scoring the last assistant turn; that turn's own text when the row names none.
+    """
+
+    turns: tuple[Turn, ...]
+    source: str
+    references: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """All images in reading order."""
+        return tuple(part for turn in self.turns for part in turn.parts if isinstance(part, ImageRef))
+
+
+@dataclass(slots=True)
+class Sample:
+    """One conversation as tensors. Nothing is shifted or padded.
+
+    Attributes:
+        input_ids: ``(L,)`` int64.
+        labels: ``(L,)`` int64, equal to ``input_ids`` where trained on and -100 elsewhere.
+        pixel_values: ``(num_patches, 3 * patch_size**2)``, uint8 pixels or normalised floats; ``None`` without images.
+        image_grid_hw: ``(num_images, 2)`` int64 patch grid (height, width) per image (per tile in static mode).
+        prompt_length: Number of leading tokens that a model is given before it answers the last assistant turn.
+        prompt: That prompt as text, with one ``<image>`` per image: for people to read.
+        references: Accepted answers.
+        source: ``file:line`` of the row.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor | None
+    image_grid_hw: Tensor | None
+    prompt_length: int
+    prompt: str
+    references: tuple[str, ...]
+    source: str
+
+    def __len__(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def num_label_tokens(self) -> int:
+        """How many tokens the loss of this sample is summed over (the first token has no prediction)."""
+        return count_label_tokens(self.labels[None])
+
+
+def count_label_tokens(labels: Tensor) -> int:
+    """Counts the tokens that a next-token loss trains on.
+
+    Args:
+        labels: ``(B, T)``, aligned with the input (not shifted).
+
+    Returns:
+        The number of labels other than -100, without column 0, which nothing predicts.
+    """
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+@dataclass(slots=True)
+class VLMBatch:
+    """What a training or evaluation step receives.
+
+    With ``cu_seqlens`` the batch is one packed row ``(1, T)``; without it, ``B`` right-padded rows ``(B, T)``.
+
+    Attributes:
+        input_ids: ``(B, T)`` int64.
+        labels: ``(B, T)`` int64, -100 where not trained on; aligned with ``input_ids``, not shifted.
+        attention_mask: ``(B, T)`` int64, 1 for tokens and 0 for padding.
+        pixel_values: ``(num_patches, 3 * patch_size**2)``, all images of the batch concatenated, or ``None``.
+        image_grid_hw: ``(num_images, 2)`` int64, or ``None``.
+        num_images: ``(B,)`` int64 rows of ``image_grid_hw`` that belong to each sample.
+        cu_seqlens: ``(num_documents + 1,)`` int32 document boundaries of a packed row, or ``None``.
+        prompt_lengths: ``(B,)`` int64, see `Sample.prompt_length`.
+        prompts: ``B`` prompts as text.
+        references: ``B`` tuples of accepted answers.
+        sources: ``B`` places, for error messages and prediction tables.
+        counted: ``(B,)`` bool; False for a stand-in row that only keeps ranks in step and must not be counted.
+        num_label_tokens: Label tokens in this micro-batch.
+        step_label_tokens: Label tokens in all micro-batches of this rank's optimizer step; the loader fills it in.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor | None
+    image_grid_hw: Tensor | None
+    num_images: Tensor
+    prompt_lengths: Tensor
+    prompts: list[str]
+    references: list[tuple[str, ...]]
+    sources: list[str]
+    counted: Tensor
+    num_label_tokens: int
+    step_label_tokens: int = 0
+    cu_seqlens: Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, padding left out."""
+        return int(self.attention_mask.sum())
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The tensors that `NemotronVL.forward` takes, without labels."""
+        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_hw", "cu_seqlens")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Moves every tensor, in place, and returns the batch (the call that Lightning makes on a custom batch)."""
+        return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Pins every tensor, in place, and returns the batch (the call that a DataLoader makes)."""
+        return self._apply(lambda tensor: tensor.pin_memory())
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> Self:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                setattr(self, item.name, function(value))
+        return self

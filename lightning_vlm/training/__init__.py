@@ -1,0 +1,1 @@
+"""What a training step is made of: the loss's divisor, optimizer groups, freezing, scores."""

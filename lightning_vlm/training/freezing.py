@@ -1,0 +1,58 @@
+"""The three parts of a model by name, and freezing them.
+
+A frozen part needs no gradient and stays in eval mode; since pixels need no gradient either, a frozen tower keeps no
+activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import nn
+
+from lightning_vlm.models.nemotron_vl import NemotronVL
+
+PartName = Literal["vision", "projector", "language"]
+PARTS: dict[PartName, str] = {
+    "vision": "vision_model",
+    "projector": "multi_modal_projector",
+    "language": "language_model",
+}
+
+
+def part(model: NemotronVL, name: str) -> nn.Module:
+    """The module of a part.
+
+    Args:
+        model: The model.
+        name: ``vision``, ``projector`` or ``language``.
+
+    Raises:
+        ValueError: If there is no such part.
+    """
+    if name not in PARTS:
+        raise ValueError(f"the model has no part {name!r}; expected one of {', '.join(PARTS)}")
+    return getattr(model, PARTS[name])  # type: ignore[index]
+
+
+def freeze(model: NemotronVL, names: Iterable[str]) -> None:
+    """Freezes parts in place.
+
+    Args:
+        model: The model.
+        names: Parts.
+
+    Raises:
+        ValueError: If a part is unknown, or nothing would be left to train.
+    """
+    frozen = set(names)
+    for name in frozen:
+        part(model, name).requires_grad_(False).eval()
+    # transformers' RADIO has layer-scale weights that are the identity; the released layout has no place for them, so
+    # training them would be lost on export.
+    for name, parameter in model.vision_model.named_parameters():
+        if "layer_scale" in name:
+            parameter.requires_grad_(False)
+    if frozen >= set(PARTS):
+        raise ValueError(f"freeze={sorted(frozen)} leaves nothing to train; leave out at least one part")

@@ -1,0 +1,59 @@
+"""A batch -> the model's own answers to its prompts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_vlm.models.nemotron_vl import NemotronVL
+from lightning_vlm.processing.processor import NemotronVLProcessor
+from lightning_vlm.schema import VLMBatch
+
+
+def left_padded_prompts(batch: VLMBatch, pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Cuts each row at its answer and moves the padding to the left, where generation needs it.
+
+    Args:
+        batch: A padded batch.
+        pad_token_id: Padding, masked.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, both ``(B, longest prompt)``.
+    """
+    width = int(batch.prompt_lengths.max())
+    columns = torch.arange(width, device=batch.input_ids.device) - (width - batch.prompt_lengths[:, None])
+    mask = columns >= 0
+    tokens = batch.input_ids.gather(1, columns.clamp(min=0))
+    return tokens.where(mask, pad_token_id), mask.long()
+
+
+@torch.no_grad()
+def generate_answers(
+    model: NemotronVL, processor: NemotronVLProcessor, batch: VLMBatch, max_new_tokens: int, in_step: bool = False
+) -> list[str]:
+    """Greedy answers.
+
+    Args:
+        model: The model, in eval mode.
+        processor: Gives the stop token and the decoding.
+        batch: A padded batch.
+        max_new_tokens: Longest answer.
+        in_step: All ranks must run the same number of forward passes (sharded parameters).
+
+    Returns:
+        ``B`` texts without special tokens.
+    """
+    tokenizer = processor.tokenizer
+    input_ids, attention_mask = left_padded_prompts(batch, tokenizer.pad_token_id)
+    generated = model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        pixel_values=batch.pixel_values,
+        image_grid_hw=batch.image_grid_hw,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        synced_gpus=in_step,
+    )
+    return tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,101 @@
+"""Scores of generated answers, as torchmetrics: sums and counts, so any number of processes gives the same value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class MeanOverTokens(Metric):
+    """A token-weighted mean: sum of losses over number of tokens."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, count: int) -> None:
+        """Adds a sum of ``count`` token losses."""
+        self.total += total.detach().to(self.total)
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """The mean; NaN before any token."""
+        return (self.total / self.count).float()
+
+
+class AnswerScore(Metric):
+    """Mean over answers of a score against the best of its references; subclasses define the score."""
+
+    total: Tensor
+    count: Tensor
+    higher_is_better = True
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+        """Adds answers.
+
+        Args:
+            answers: Generated texts.
+            references: Accepted texts of each.
+        """
+        for answer, accepted in zip(answers, references, strict=True):
+            self.total += max((self.score(answer, reference) for reference in accepted), default=0.0)
+            self.count += 1
+
+    def compute(self) -> Tensor:
+        """The mean in 0..1; NaN before any answer."""
+        return (self.total / self.count).float()
+
+    @staticmethod
+    def score(answer: str, reference: str) -> float:
+        """Score of one answer against one reference, in 0..1."""
+        raise NotImplementedError
+
+
+class ExactMatch(AnswerScore):
+    """1 if the answer equals a reference after stripping outer white space."""
+
+    @staticmethod
+    def score(answer: str, reference: str) -> float:
+        """1.0 or 0.0."""
+        return float(answer.strip() == reference.strip())
+
+
+class ANLS(AnswerScore):
+    """Average normalised Levenshtein similarity (Biten et al. 2019, arXiv:1905.13648), threshold 0.5, ignoring case."""
+
+    @staticmethod
+    def score(answer: str, reference: str) -> float:
+        """``1 - distance / longer length`` if that is over 0.5, else 0."""
+        answer, reference = answer.strip().lower(), reference.strip().lower()
+        longer = max(len(answer), len(reference))
+        if not longer:
+            return 1.0
+        normalized = edit_distance(answer, reference) / longer
+        return 1.0 - normalized if normalized < 0.5 else 0.0
+
+
+SCORES: dict[str, type[AnswerScore]] = {"exact_match": ExactMatch, "anls": ANLS}
+
+
+def edit_distance(left: str, right: str) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions, each costing 1."""
+    previous = list(range(len(right) + 1))
+    for i, a in enumerate(left, start=1):
+        current = [i]
+        for j, b in enumerate(right, start=1):
+            current.append(min(previous[j] + 1, current[j - 1] + 1, previous[j - 1] + (a != b)))
+        previous = current
+    return previous[-1]
