@@ -1,0 +1,49 @@
+# Everything from a fresh clone. Needs python3.11 or newer, make and git; nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/digits
+CONFIG := configs/experiment/digits.yaml
+
+.PHONY: help install demo demo-data test lint bench clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is $$($(PYTHON) --version), expected Python 3.11 or newer: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
+	@# torch first and exactly pinned: a range would take the newest CUDA build, gigabytes large
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,notebook,lora,dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## Create .venv with pinned versions
+
+data/digits/.written: $(VENV)/.installed
+	$(BIN)/python -m lightning_vlm.data.synthetic data/digits
+	@touch $@
+
+demo-data: data/digits/.written  ## Write the digits demo data
+
+demo: data/digits/.written  ## Train on digits, evaluate on held-out scans, leave a run folder
+	$(BIN)/lightning-vlm fit --config $(CONFIG)
+	$(BIN)/lightning-vlm test --config $(CONFIG) --ckpt_path $(RUN)/checkpoints/last.ckpt
+	@echo "Open $(RUN)/predictions_test.html"
+
+test: $(VENV)/.installed  ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed  ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed  ## Measure the claims, each beside its peer
+	$(BIN)/python benchmarks/loss_head.py
+	$(BIN)/python benchmarks/image_path.py
+
+clean:  ## Remove the environment, data and runs
+	rm -rf $(VENV) data runs

@@ -1,0 +1,78 @@
+"""Fixtures of all rooms: tiny real objects, nothing mocked, nothing downloaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import pytest
+import torch
+from PIL import Image
+from transformers.utils import logging as transformers_logging
+
+from lightning_vlm import NemotronVL, NemotronVLConfig, NemotronVLProcessor
+from lightning_vlm.processing.tiny import tiny_processor
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def processor() -> NemotronVLProcessor:
+    """Byte-level tokenizer, ChatML, 8-pixel patches, 4 to 256 of them per image."""
+    return tiny_processor()
+
+
+@pytest.fixture
+def make_model() -> Callable[..., NemotronVL]:
+    """Makes a very small model in eval mode; options go to `NemotronVLConfig.tiny`."""
+
+    def make(seed: int = 0, **options: Any) -> NemotronVL:
+        torch.manual_seed(seed)
+        small = {"pattern": "M*-", "hidden_size": 32, "vision_hidden_size": 32, "vision_layers": 1, **options}
+        return NemotronVL(NemotronVLConfig.tiny(**small)).eval()
+
+    return make
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Writes rows (or raw lines) to a JSONL file below ``tmp_path``."""
+
+    def write(rows: list[Any], name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_image(tmp_path: Path) -> Callable[..., str]:
+    """Writes a random RGB image below ``tmp_path`` and returns its relative name."""
+
+    def write(name: str, width: int = 32, height: int = 32, seed: int = 0) -> str:
+        generator = torch.Generator().manual_seed(seed)
+        pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(path)
+        return name
+
+    return write
