@@ -11,6 +11,7 @@ import importlib.util
 import netrc
 import os
 import re
+import signal
 import sys
 import urllib.parse
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_vlm.callbacks.predictions import PredictionTable
 from lightning_vlm.callbacks.throughput import Throughput
@@ -132,13 +134,16 @@ def main(args: list[str] | None = None) -> int:
         args: Arguments; those of the process by default.
 
     Returns:
-        Exit code: 0 good, 1 a problem in data or model, 2 wrong use.
+        Exit code: 0 good, 1 a problem in data or model, 2 wrong use, 143 stopped by SIGTERM.
     """
     try:
         VLMCLI(args)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except SIGTERMException:
+        print("stopped by SIGTERM; continue with --ckpt_path last", file=sys.stderr)
+        return 128 + signal.SIGTERM
     return 0
 
 

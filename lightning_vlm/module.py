@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import ModuleDict
 from torch.optim import AdamW
@@ -27,6 +29,7 @@ from lightning_vlm.training.generation import generate_answers
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
 from lightning_vlm.training.metrics import SCORES, MeanOverTokens
 from lightning_vlm.training.optim import parameter_groups, warmup_cosine
+from lightning_vlm.training.resume import rewind_to_last_step
 
 
 class NemotronVLModule(L.LightningModule):
@@ -75,6 +78,7 @@ class NemotronVLModule(L.LightningModule):
         self.val_loss = MeanOverTokens()
         self.scores = ModuleDict()
         self._step_loss: Tensor | None = None
+        self._applied = (0, 0)  # epoch, and batches of it whose gradient is in the weights
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
 
     def configure_model(self) -> None:
@@ -139,6 +143,27 @@ class NemotronVLModule(L.LightningModule):
             loss = self.trainer.strategy.reduce(self._step_loss, reduce_op="sum")
             self.log("train/loss", loss, prog_bar=True)
             self._step_loss = None
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Steps, and notes which batches are now in the weights."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._applied = (epoch, batch_idx + 1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes the checkpoint stand between two optimizer steps, wherever the run was stopped."""
+        epoch, applied = self._applied if self._applied[0] == self.current_epoch else (self.current_epoch, 0)
+        checkpoint["applied_batches"] = {"epoch": epoch, "batches": applied}
+        if self._datamodule is not None:
+            key = type(self._datamodule).__qualname__
+            if taken_back := rewind_to_last_step(checkpoint, key, applied):
+                rank_zero_info(f"stopped inside an optimizer step: {taken_back} batch(es) will be repeated on resume")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continues the count of batches in the weights."""
+        if applied := checkpoint.get("applied_batches"):
+            self._applied = (applied["epoch"], applied["batches"])
 
     def validation_step(self, batch: VLMBatch, batch_idx: int) -> dict[str, Any]:
         """Loss and, if wanted, generated answers; see `_evaluate`."""

@@ -76,3 +76,20 @@ def write_image(tmp_path: Path) -> Callable[..., str]:
         return name
 
     return write
+
+
+@pytest.fixture
+def make_task(write_rows: Callable[..., Path], write_image: Callable[..., str]) -> Callable[..., Path]:
+    """Writes a small mixed file: images of several sizes, text-only rows, answers of very different lengths."""
+
+    def make(count: int = 12, name: str = "rows.jsonl", answers: bool = True) -> Path:
+        rows: list[dict[str, Any]] = []
+        for index in range(count):
+            images = [write_image(f"{name}-{index}-{k}.png", 16 + 8 * (index % 4), 16, index) for k in range(index % 3)]
+            turns = [{"role": "user", "content": "<image>" * len(images) + f"question {index}"}]
+            if answers:
+                turns.append({"role": "assistant", "content": "word " * (1 + 5 * (index % 3)) + str(index)})
+            rows.append({"messages": turns, "images": images})
+        return write_rows(rows, name)
+
+    return make

@@ -1,4 +1,4 @@
-"""An RGB image -> patches of the grids that `geometry` names, and back.
+"""Anything that holds an image -> RGB -> patches of the grids that `geometry` names, and back.
 
 The default path resizes with Pillow and keeps uint8 (a quarter of the memory and transfer of float32; the model
 normalises on its device). It clamps the bicubic overshoot that a float resize keeps; ``as_float`` is that exact float
@@ -7,12 +7,44 @@ path, equal to transformers' torchvision backend, for parity tests and for users
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lightning_vlm.geometry import Grid, ImageGeometry, tile_boxes, tile_ratio
+
+
+def to_rgb(image: Any) -> Image.Image:
+    """A PIL image, numpy array or tensor as an RGB PIL image; 16-bit greys are scaled, transparency is dropped.
+
+    Args:
+        image: A PIL image, or ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)``, ``(H, W, 4)``, ``(1, H, W)`` or ``(3, H, W)``
+            pixels in 0..255.
+
+    Raises:
+        ValueError: If an array's shape or value range is not an image's.
+    """
+    if isinstance(image, Image.Image):
+        if image.mode.startswith("I;16"):  # Pillow's own conversion clips: it would turn white
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.mode not in ("I", "F"):
+            return image if image.mode == "RGB" else image.convert("RGB")
+    array = np.asarray(image)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[-1] not in (3, 4)):
+        raise ValueError(f"an image array has shape {array.shape}; expected (H, W), (H, W, 3) or (3, H, W)")
+    if array.dtype != np.uint8:
+        low, high = (array.min(), array.max()) if array.size else (0, 0)
+        if not (0 <= low and high <= 255) or 0 < high <= 1:  # written so that NaN fails
+            raise ValueError(f"an image array of {array.dtype} spans {low}..{high}; expected pixels in 0..255")
+        array = array.round().astype(np.uint8)
+    return Image.fromarray(array).convert("RGB")
 
 
 def image_to_patches(

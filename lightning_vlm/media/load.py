@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import io
-import urllib.parse
+import re
 import urllib.request
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lightning_vlm.media.image import to_rgb
 from lightning_vlm.schema import DataError
 
 _MAX_DOWNLOAD_BYTES = 64 * 2**20
 _DOWNLOAD_TIMEOUT_S = 30.0
-_ORIENTATION_TAG = 0x0112
+_SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*):", re.IGNORECASE)
+_WIDTH_TAG, _HEIGHT_TAG, _ORIENTATION_TAG = 0x0100, 0x0101, 0x0112
 _SIDEWAYS = {5, 6, 7, 8}  # EXIF orientations that swap width and height
 
 
@@ -56,25 +61,8 @@ def load_image(ref: str, policy: MediaPolicy, source: str) -> Image.Image:
     Raises:
         MediaError: If the image is missing, outside the media root, unreadable, too large, or a URL that is not allowed.
     """
-    content = open_media(ref, policy, source)
-    name = _short(ref)
-    with warnings.catch_warnings():
-        # Pillow's own size warning comes late and at a size of its own: the policy decides, before decoding.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            with Image.open(content) as image:
-                _check_pixels(image.size, policy, name, source)
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except MediaError:
-            raise
-        except Image.DecompressionBombError:
-            raise _too_large(f"more than {policy.max_image_pixels:,}", policy, name, source) from None
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as error:
-            raise MediaError(
-                source,
-                f"image {name!r} cannot be decoded ({_reason(error)}), expected a complete image that Pillow can read",
-                "replace the file or remove the row",
-            ) from error
+    with _opened(ref, policy, source) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def image_size(ref: str, policy: MediaPolicy, source: str) -> tuple[int, int]:
@@ -88,23 +76,8 @@ def image_size(ref: str, policy: MediaPolicy, source: str) -> tuple[int, int]:
     Raises:
         MediaError: As for `load_image`, except for damage that only decoding reveals.
     """
-    content = open_media(ref, policy, source)
-    name = _short(ref)
-    try:
-        with Image.open(content) as image:
-            _check_pixels(image.size, policy, name, source)
-            width, height = image.size
-            return (width, height) if image.getexif().get(_ORIENTATION_TAG) in _SIDEWAYS else (height, width)
-    except MediaError:
-        raise
-    except Image.DecompressionBombError:
-        raise _too_large(f"more than {policy.max_image_pixels:,}", policy, name, source) from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise MediaError(
-            source,
-            f"image {name!r} has no readable header ({_reason(error)}), expected an image that Pillow can read",
-            "replace the file or remove the row",
-        ) from error
+    with _opened(ref, policy, source) as image:
+        return _upright_size(image)
 
 
 def open_media(ref: str, policy: MediaPolicy, source: str) -> Path | io.BytesIO:
@@ -118,7 +91,8 @@ def open_media(ref: str, policy: MediaPolicy, source: str) -> Path | io.BytesIO:
     Raises:
         MediaError: If the reference is empty, missing, outside the media root, or a URL that is not allowed.
     """
-    scheme = urllib.parse.urlsplit(ref).scheme.lower() if ":" in ref[:12] else ""
+    match = _SCHEME.match(ref)
+    scheme = match[1].lower() if match else ""
     if scheme == "data":
         return _decode_data_uri(ref, source)
     if scheme in ("http", "https"):
@@ -146,34 +120,87 @@ def resolve_path(ref: str, policy: MediaPolicy, source: str) -> Path:
     root = policy.media_root.resolve()
     if not ref or "\x00" in ref:
         raise MediaError(source, f"image path is {ref!r}, expected a file name", "name the image file")
-    path = (root / ref).resolve()
+    name, place = repr(_short(ref)), f"the media root {str(policy.media_root)!r}"
+    try:
+        path = (root / ref).resolve()
+        found = "" if path.is_file() else "is a folder" if path.is_dir() else "does not exist"
+    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, characters of no file system
+        raise MediaError(
+            source,
+            f"image path {name} cannot be looked up ({_reason(error)}), expected the name of a file under {place}",
+            "correct the path in the row",
+        ) from error
     if not path.is_relative_to(root):
         raise MediaError(
             source,
-            f"image path {ref!r} leads outside the media root {str(policy.media_root)!r}",
+            f"image path {name} leads outside {place}, expected a file inside it",
             "move the file under the media root or set media_root to a folder that holds it",
         )
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
+    if found:
         raise MediaError(
             source,
-            f"image {ref!r} {found} under the media root {str(policy.media_root)!r}",
+            f"image {name} {found} under {place}, expected an image file",
             "correct the path in the row or set media_root",
         )
     return path
 
 
-def _check_pixels(size: tuple[int, int], policy: MediaPolicy, name: str, source: str) -> None:
-    width, height = size
+@contextmanager
+def _opened(ref: str, policy: MediaPolicy, source: str) -> Iterator[Image.Image]:
+    """An image whose header is read and accepted; whatever goes wrong inside becomes a `MediaError`."""
+    content = open_media(ref, policy, source)
+    name = _short(ref)
+    with warnings.catch_warnings():
+        # Pillow's own size warning comes at a size of its own: the policy decides.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(content) as image:
+                # Pillow keeps the orientation that is read here, so both callers see the header's, never a later one.
+                height, width = _upright_size(image)
+                _check_pixels(width, height, policy, name, source)
+                yield image
+        except MediaError:
+            raise
+        except Image.DecompressionBombError:
+            raise _beyond_pillow(policy, name, source) from None
+        except Exception as error:  # Pillow's decoders raise almost any kind for a damaged file
+            raise MediaError(
+                source,
+                f"image {name!r} cannot be decoded ({_reason(error)}), expected a complete image that Pillow can read",
+                "replace the file or remove the row",
+            ) from error
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) after rotation, decoding nothing."""
+    if (tags := getattr(image, "tag_v2", None)) is not None:
+        # A TIFF: Pillow turns it while decoding, and whether its size is turned before that depends on the version.
+        width, height, orientation = tags[_WIDTH_TAG], tags[_HEIGHT_TAG], tags.get(_ORIENTATION_TAG)
+    else:
+        # The base class's method: PNG's own decodes the whole image to look for EXIF data behind the pixels.
+        (width, height), orientation = image.size, Image.Image.getexif(image).get(_ORIENTATION_TAG)
+    return (width, height) if orientation in _SIDEWAYS else (height, width)
+
+
+def _check_pixels(width: int, height: int, policy: MediaPolicy, name: str, source: str) -> None:
     if width * height > policy.max_image_pixels:
-        raise _too_large(f"{width} x {height} = {width * height:,}", policy, name, source)
+        raise MediaError(
+            source,
+            f"image {name!r} has {width} x {height} = {width * height:,} pixels, expected at most "
+            f"max_image_pixels = {policy.max_image_pixels:,}",
+            "shrink the image or raise max_image_pixels",
+        )
 
 
-def _too_large(found: str, policy: MediaPolicy, name: str, source: str) -> MediaError:
+def _beyond_pillow(policy: MediaPolicy, name: str, source: str) -> MediaError:
+    """Pillow refuses to tell the size of an image beyond twice its own limit, whatever the policy says."""
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    ours = policy.max_image_pixels <= limit
+    expected = f"max_image_pixels = {policy.max_image_pixels:,}" if ours else "Pillow's own limit"
     return MediaError(
         source,
-        f"image {name!r} has {found} pixels, expected at most max_image_pixels = {policy.max_image_pixels:,}",
-        "shrink the image or raise max_image_pixels",
+        f"image {name!r} has more than {limit:,} pixels, expected at most {expected}",
+        f"shrink the image or raise {'max_image_pixels' if ours else 'PIL.Image.MAX_IMAGE_PIXELS'}",
     )
 
 
@@ -186,7 +213,7 @@ def _decode_data_uri(ref: str, source: str) -> io.BytesIO:
     except (ValueError, binascii.Error) as error:
         raise MediaError(
             source,
-            f"data URI cannot be decoded ({error}), expected 'data:image/...;base64,...'",
+            f"data URI {_short(ref)!r} cannot be decoded ({_reason(error)}), expected 'data:image/...;base64,...'",
             "encode the image as base64 or name a file",
         ) from error
 
@@ -201,22 +228,26 @@ def _download(ref: str, policy: MediaPolicy, source: str) -> io.BytesIO:
     try:
         with urllib.request.urlopen(ref, timeout=_DOWNLOAD_TIMEOUT_S) as response:
             content = response.read(_MAX_DOWNLOAD_BYTES + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise MediaError(
-            source, f"image {_short(ref)!r} cannot be downloaded ({_reason(error)})", "check the URL or use a local file"
+            source,
+            f"image {_short(ref)!r} cannot be downloaded ({_reason(error)}), expected an image at that address",
+            "check the URL or use a local file",
         ) from error
     if len(content) > _MAX_DOWNLOAD_BYTES:
         raise MediaError(
             source,
-            f"image {_short(ref)!r} is larger than {_MAX_DOWNLOAD_BYTES // 2**20} MiB",
+            f"image {_short(ref)!r} is a larger download than expected, at most {_MAX_DOWNLOAD_BYTES:,} bytes",
             "download and shrink it, then name the local file",
         )
     return io.BytesIO(content)
 
 
 def _reason(error: BaseException) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text if "BytesIO" not in text else "not an image"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    lines = (getattr(error, "strerror", None) or str(error)).splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _short(ref: str) -> str:

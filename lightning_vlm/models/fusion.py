@@ -6,7 +6,8 @@ every following image on the wrong picture.
 
 from __future__ import annotations
 
-import torch
+from itertools import accumulate, pairwise
+
 from torch import Tensor
 
 
@@ -35,17 +36,41 @@ def fuse(inputs_embeds: Tensor, features: Tensor, is_placeholder: Tensor, tokens
         ``(B, T, D)``; the input is not changed.
 
     Raises:
-        FusionError: If the number of placeholders is not the number of features.
+        FusionError: If a row's placeholders are not the features of whole images.
     """
-    if int(is_placeholder.sum()) != features.shape[0]:
-        raise _mismatch(is_placeholder, tokens_per_image)
+    images_per_row(is_placeholder, tokens_per_image)
     mask = is_placeholder.unsqueeze(-1).expand_as(inputs_embeds)
     return inputs_embeds.masked_scatter(mask, features.to(inputs_embeds.dtype))
 
 
-def _mismatch(is_placeholder: Tensor, tokens_per_image: list[int]) -> FusionError:
+def images_per_row(is_placeholder: Tensor, tokens_per_image: list[int]) -> list[int]:
+    """How many images each row has: as many of the next ones as its placeholders hold.
+
+    Equal totals are not enough: a row with one placeholder too few and a next row with one too many would shift every
+    feature between them.
+
+    Args:
+        is_placeholder: ``(B, T)`` bool.
+        tokens_per_image: Features of each image in reading order.
+
+    Returns:
+        ``B`` numbers.
+
+    Raises:
+        FusionError: If a row's placeholders do not end with an image, or images are left over.
+    """
     per_row = is_placeholder.sum(-1).tolist()
-    row = first_wrong_row(per_row, tokens_per_image)
+    image_ends = {end: index for index, end in enumerate(accumulate(tokens_per_image, initial=0))}
+    ends = [0, *accumulate(per_row)]
+    for row, end in enumerate(ends[1:]):
+        if end not in image_ends:
+            raise _mismatch(per_row, tokens_per_image, row)
+    if image_ends[ends[-1]] < len(tokens_per_image):
+        raise _mismatch(per_row, tokens_per_image, None)
+    return [image_ends[end] - image_ends[start] for start, end in pairwise(ends)]
+
+
+def _mismatch(per_row: list[int], tokens_per_image: list[int], row: int | None) -> FusionError:
     where = "the batch" if row is None else f"row {row}"
     found = sum(per_row) if row is None else per_row[row]
     return FusionError(
@@ -55,22 +80,3 @@ def _mismatch(is_placeholder: Tensor, tokens_per_image: list[int]) -> FusionErro
         "prepare text and images with one processor, and cut no text inside an image",
         row,
     )
-
-
-def first_wrong_row(placeholders_per_row: list[int], tokens_per_image: list[int]) -> int | None:
-    """The first row whose placeholders are not a whole number of the next images.
-
-    Args:
-        placeholders_per_row: Placeholder tokens of each row.
-        tokens_per_image: Features of each image in reading order.
-
-    Returns:
-        The row; ``None`` if every row closes and images are left over.
-    """
-    ends = torch.tensor([0, *tokens_per_image]).cumsum(0).tolist()
-    total = 0
-    for row, placeholders in enumerate(placeholders_per_row):
-        total += placeholders
-        if total not in ends:
-            return row
-    return None

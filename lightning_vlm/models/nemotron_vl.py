@@ -15,14 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, NemotronHForCausalLM, PreTrainedModel, RadioModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lightning_vlm.models.config import NemotronVLConfig
-from lightning_vlm.models.fusion import FusionError, fuse
+from lightning_vlm.models.fusion import FusionError, fuse, images_per_row
 from lightning_vlm.models.projector import MultiModalProjector, shuffle_images
 from lightning_vlm.ops.cross_entropy import linear_cross_entropy, naive_cross_entropy, shift_labels
 from lightning_vlm.ops.pixels import normalize_patches
@@ -41,6 +40,8 @@ register_checkpoint_conversion_mapping(
 class PixelNorm(nn.Module):
     """Normalises uint8 patches on the device they are on; patches that are already floats pass through.
 
+    The numbers stay Python's: buffers would be rounded with the model to bfloat16, a bias on every pixel.
+
     Args:
         mean: Per-channel mean.
         std: Per-channel standard deviation.
@@ -48,14 +49,14 @@ class PixelNorm(nn.Module):
 
     def __init__(self, mean: list[float], std: list[float]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
+        self.mean, self.std = tuple(mean), tuple(std)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """``(num_patches, 3 * patch_size**2)`` pixels in 0..255 (uint8) or normalised floats -> normalised floats."""
         if pixel_values.is_floating_point():
             return pixel_values
-        return normalize_patches(pixel_values, self.mean.float(), self.std.float())
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=pixel_values.device)
+        return normalize_patches(pixel_values, mean, std)
 
 
 class NemotronVL(PreTrainedModel, GenerationMixin):
@@ -221,6 +222,28 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         """Both masks of the hybrid language model."""
         return NemotronHForCausalLM.create_masks_for_generate(config.text_config, *args, **kwargs)
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        # Beams, or several answers per prompt. transformers' own would repeat single patches instead of a row's images.
+        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_hw")}
+        if expand_size > 1 and images["pixel_values"] is not None and input_ids is not None:
+            patches, grids = images["pixel_values"], images["image_grid_hw"]
+            tokens_per_image = (grids.prod(-1) // self.config.merge_size**2).tolist()
+            is_placeholder = input_ids == self.config.image_token_id
+            rows = torch.arange(len(grids)).split(images_per_row(is_placeholder, tokens_per_image))
+            order = torch.cat([row.repeat(expand_size) for row in rows])
+            split = patches.split(grids.prod(-1).tolist())
+            images = {"pixel_values": torch.cat([split[image] for image in order]), "image_grid_hw": grids[order]}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | images
+
     def _with_images(
         self, inputs_embeds: Tensor, input_ids: Tensor | None, pixel_values: Tensor | None, grids: Tensor | None
     ) -> Tensor:
@@ -249,7 +272,7 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         blank = torch.zeros(merge**2, patch_dim, dtype=torch.uint8, device=like.device)
         grid = torch.tensor([[merge, merge]], device=like.device)
         features, _ = self.get_image_features(blank, grid)
-        return (features.sum() * 0.0).to(like.dtype)
+        return (features * 0.0).sum().to(like.dtype)  # not sum() * 0: a sum that overflows would become NaN
 
     @staticmethod
     def _output(outputs: Any, loss: Tensor | None = None, logits: Tensor | None = None) -> CausalLMOutputWithPast:
@@ -260,11 +283,3 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, PixelNorm):  # buffers that are not in the checkpoint must survive meta-device loading
-            init.copy_(module.mean, torch.tensor(self.config.norm_mean))
-            init.copy_(module.std, torch.tensor(self.config.norm_std))
-        elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, mean=0.0, std=self.config.text_config.initializer_range)

@@ -49,12 +49,14 @@ def linear_cross_entropy(
         chunk_tokens: Labelled tokens whose logits exist at a time.
 
     Returns:
-        Float32 scalar; 0, connected to ``hidden``, when nothing is labelled.
+        Float32 scalar; 0, connected to ``hidden`` and the head, when nothing is labelled.
     """
     labelled = targets != IGNORE_INDEX
     hidden, targets = hidden[labelled], targets[labelled]
-    # An empty sum would leave parameters without a gradient, on which distributed training hangs.
-    total = hidden.float().sum() * 0.0
+    if not targets.numel():
+        # A constant would leave parameters without a gradient, on which distributed training hangs: run the head on no rows.
+        return head(hidden).float().sum()
+    total = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, targets.numel(), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         total = total + checkpoint(_chunk_loss, hidden[chunk], targets[chunk], head, use_reentrant=False)

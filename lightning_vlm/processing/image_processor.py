@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,7 +17,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, make_fla
 from transformers.processing_utils import ImagesKwargs
 
 from lightning_vlm.geometry import Grid, ImageGeometry
-from lightning_vlm.media.image import image_to_patches
+from lightning_vlm.media.image import image_to_patches, to_rgb
 from lightning_vlm.ops.pixels import normalize_patches
 
 
@@ -109,33 +108,6 @@ class NemotronVLImageProcessor(PilBackend):
         rows = torch.tensor([grid for tiles in grids for grid in tiles])
         data = {"pixel_values": patches, "image_grid_hw": rows}
         return BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
-
-
-def to_rgb(image: Any) -> Image.Image:
-    """A PIL image, numpy array or tensor, ``(H, W)``, ``(H, W, 3)`` or ``(3, H, W)`` in 0..255, as an RGB PIL image.
-
-    Args:
-        image: The image.
-
-    Raises:
-        ValueError: If an array's shape or value range is not an image's.
-    """
-    if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else image.convert("RGB")
-    array = np.asarray(image)
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
-        array = np.moveaxis(array, 0, -1)
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim not in (2, 3):
-        raise ValueError(f"an image array has shape {array.shape}; expected (H, W), (H, W, 3) or (3, H, W)")
-    if array.dtype != np.uint8:
-        if array.size and (array.min() < 0 or array.max() > 255 or (0 < array.max() <= 1)):
-            raise ValueError(
-                f"an image array of {array.dtype} spans {array.min()}..{array.max()}; expected pixels in 0..255"
-            )
-        array = array.round().astype(np.uint8)
-    return Image.fromarray(array).convert("RGB")
 
 
 def _geometry(options: dict[str, Any]) -> ImageGeometry:

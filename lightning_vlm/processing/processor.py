@@ -20,8 +20,9 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 
 from lightning_vlm.geometry import Grid, ImageGeometry
+from lightning_vlm.media.image import to_rgb
 from lightning_vlm.processing.chat import Span, render_prompt, render_turns, to_messages
-from lightning_vlm.processing.image_processor import NemotronVLImageKwargs, NemotronVLImageProcessor, to_rgb
+from lightning_vlm.processing.image_processor import NemotronVLImageKwargs, NemotronVLImageProcessor
 from lightning_vlm.processing.labels import tokenize_spans
 from lightning_vlm.schema import IGNORE_INDEX, Conversation, DataError, Sample
 

@@ -13,6 +13,10 @@ from torch import nn
 
 from lightning_vlm.models.nemotron_vl import NemotronVL
 
+# RADIO has no layer scale: transformers adds one that is the identity, for which the released layout has no place. And no
+# batch carries videos yet: a trainable weight without a gradient would stop data-parallel training.
+_NEVER_TRAINED = ("layer_scale", "video_patch_projection")
+
 PartName = Literal["vision", "projector", "language"]
 PARTS: dict[PartName, str] = {
     "vision": "vision_model",
@@ -44,15 +48,14 @@ def freeze(model: NemotronVL, names: Iterable[str]) -> None:
         names: Parts.
 
     Raises:
-        ValueError: If a part is unknown, or nothing would be left to train.
+        ValueError: If a part is unknown, or nothing would be left to train; the model is unchanged.
     """
     frozen = set(names)
-    for name in frozen:
-        part(model, name).requires_grad_(False).eval()
-    # transformers' RADIO has layer-scale weights that are the identity; the released layout has no place for them, so
-    # training them would be lost on export.
-    for name, parameter in model.vision_model.named_parameters():
-        if "layer_scale" in name:
-            parameter.requires_grad_(False)
-    if frozen >= set(PARTS):
+    modules = [part(model, name) for name in sorted(frozen)]
+    if frozen == set(PARTS):
         raise ValueError(f"freeze={sorted(frozen)} leaves nothing to train; leave out at least one part")
+    for module in modules:
+        module.requires_grad_(False).eval()
+    for name, parameter in model.vision_model.named_parameters():
+        if any(never in name for never in _NEVER_TRAINED):
+            parameter.requires_grad_(False)

@@ -42,5 +42,5 @@ def divide_loss(loss_sum: Tensor, label_tokens: Tensor, accumulate_grad_batches:
     Returns:
         Scalar of ``loss_sum``'s dtype.
     """
-    scale = accumulate_grad_batches * world_size / label_tokens.to(loss_sum.device)
-    return loss_sum * scale.to(loss_sum.dtype)
+    scale = accumulate_grad_batches * world_size / label_tokens
+    return loss_sum * scale.to(loss_sum.dtype).to(loss_sum.device)  # in this order: MPS has no float64

@@ -1,0 +1,38 @@
+"""Checkpoints that always stand between two optimizer steps.
+
+A run can stop anywhere: inside a step, or with half of its gradients accumulated, and gradients are not saved. A
+checkpoint written then counts batches whose gradient is lost. Here its counters are set back to the last finished step,
+so that the resumed run repeats those batches instead of leaving them out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def rewind_to_last_step(checkpoint: dict[str, Any], datamodule_key: str, applied: int) -> int:
+    """Sets the batch counters and data positions of a checkpoint back to the last optimizer step, in place.
+
+    Args:
+        checkpoint: What Lightning is about to save.
+        datamodule_key: Where the datamodule's state is in it.
+        applied: Batches of the current epoch whose gradient is in the weights.
+
+    Returns:
+        Number of batches that were taken back: 0 for a checkpoint written between two steps.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    progress = loop["epoch_loop.batch_progress"]
+    current, total = progress["current"], progress["total"]
+    if current["ready"] <= applied:
+        return 0
+    taken_back = current["ready"] - applied
+    for counter in ("ready", "started", "processed", "completed"):
+        total[counter] += applied - current[counter]
+        current[counter] = applied
+    progress["is_last_batch"] = False
+    positions = [*loop["state_dict"].get("combined_loader", []), checkpoint.get(datamodule_key)]
+    for position in positions:
+        if position:
+            position["yielded"] = applied
+    return taken_back

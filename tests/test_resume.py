@@ -1,0 +1,193 @@
+"""Stopping anywhere and resuming gives the same weights as not stopping."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_vlm import NemotronVLConfig, NemotronVLModule, VLMDataModule
+from lightning_vlm.processing.tiny import tiny_processor
+from lightning_vlm.training.resume import rewind_to_last_step
+
+TINY = {"pattern": "M*", "hidden_size": 32, "vision_hidden_size": 32, "vision_layers": 1}
+
+
+class Recorder(L.Callback):
+    """Notes which rows each batch holds."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[str]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.rows.append([source.rpartition(":")[2] for source in batch.sources])
+
+
+class StopInside(L.Callback):
+    """Raises in the middle of the given (global) batch, after its forward pass."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch, self.seen = batch, 0
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        self.seen += 1
+        if self.seen == self.batch + 1:
+            raise RuntimeError("power cut")
+
+
+def fit(
+    file: Path, folder: Path, *callbacks: L.Callback, ckpt_path: Path | None = None, workers: int = 0, **options: Any
+) -> tuple[NemotronVLModule, Recorder]:
+    L.seed_everything(7, verbose=False)
+    recorder = Recorder()
+    module = NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), lr=1e-2, generate_on_validation=False)
+    data = VLMDataModule(train=str(file), processor=tiny_processor(), batch_size=2, num_workers=workers)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        callbacks=[recorder, *callbacks],
+        **{"max_epochs": 2, **options},
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return module, recorder
+
+
+def every_step(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_last=True, save_on_exception=True,
+        save_on_train_epoch_end=True,
+    )
+
+
+def assert_same_weights(left: NemotronVLModule, right: NemotronVLModule) -> None:
+    for (name, a), b in zip(left.network.state_dict().items(), right.network.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_after_any_step_is_exact(make_task: Callable[..., Path], tmp_path: Path, workers: int) -> None:
+    file = make_task(11)  # 6 batches an epoch, the last one short
+    whole, recorded = fit(file, tmp_path, every_step(tmp_path / "ckpt"), workers=workers)
+    assert sorted(sum(recorded.rows[:6], [])) == sorted(sum(recorded.rows[6:], [])), "each epoch sees every row"
+    assert recorded.rows[:6] != recorded.rows[6:], "each epoch has its own order"
+
+    for step in (2, 6, 9) if workers == 0 else (3, 6):
+        resumed, rest = fit(file, tmp_path, ckpt_path=tmp_path / "ckpt" / f"step={step}.ckpt", workers=workers)
+        assert rest.rows == recorded.rows[step:], f"resumed after step {step}"
+        assert_same_weights(resumed, whole)
+
+
+class AsksForSteps(NemotronVLModule):
+    """A user's module that calls Lightning's step estimate, which builds the loader before its state is restored."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 12
+        return super().configure_optimizers()
+
+
+def test_resume_is_exact_when_the_optimizer_asks_for_the_number_of_steps(
+    make_task: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "NemotronVLModule", AsksForSteps)
+    file = make_task(11)
+    whole, recorded = fit(file, tmp_path, every_step(tmp_path / "ckpt"))
+    for step in (2, 6, 8):
+        resumed, rest = fit(file, tmp_path, ckpt_path=tmp_path / "ckpt" / f"step={step}.ckpt")
+        assert rest.rows == recorded.rows[step:], f"resumed after step {step}"
+        assert_same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("stop_at", [0, 1, 4, 9])
+def test_a_crash_inside_a_step_repeats_the_step(
+    make_task: Callable[..., Path], tmp_path: Path, accumulate: int, stop_at: int
+) -> None:
+    file = make_task(11)
+    options = {"accumulate_grad_batches": accumulate}
+    whole, _ = fit(file, tmp_path, **options)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(file, tmp_path, every_step(tmp_path / "ckpt"), StopInside(stop_at), **options)
+    last = tmp_path / "ckpt" / "last.ckpt"
+    resumed, _ = fit(file, tmp_path, ckpt_path=last if last.exists() else None, **options)
+    assert_same_weights(resumed, whole)
+
+
+def test_resume_with_another_plan_is_refused_and_says_why(make_task: Callable[..., Path], tmp_path: Path) -> None:
+    file = make_task(11)
+    fit(file, tmp_path, every_step(tmp_path / "ckpt"))
+    with file.open("a") as handle:
+        handle.write(file.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=r"stopped after batch 2 of epoch 0 of another plan.*keep data files"):
+        fit(file, tmp_path, ckpt_path=tmp_path / "ckpt" / "step=2.ckpt")
+
+
+def test_rewind_leaves_a_checkpoint_between_steps_alone() -> None:
+    counters = {"ready": 4, "started": 4, "processed": 4, "completed": 3}
+    checkpoint = {
+        "loops": {"fit_loop": {"epoch_loop.batch_progress": {"current": counters, "total": dict(counters)}, "state_dict": {}}}
+    }
+    assert rewind_to_last_step(checkpoint, "VLMDataModule", applied=4) == 0
+    assert counters == {"ready": 4, "started": 4, "processed": 4, "completed": 3}
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+import test_resume as t
+
+class Slow(t.L.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        print("step", trainer.global_step, flush=True)
+        import time; time.sleep(float(sys.argv[3]))
+
+folder = Path(sys.argv[2])
+last = folder / "ckpt" / "last.ckpt"
+module, _ = t.fit(Path(sys.argv[1]), folder, t.every_step(folder / "ckpt"), Slow(),
+                  ckpt_path=last if last.exists() else None, accumulate_grad_batches=2)
+torch.save(module.network.state_dict(), folder / "final.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_a_killed_process_resumes_to_the_same_weights(
+    make_task: Callable[..., Path], tmp_path: Path, sig: signal.Signals
+) -> None:
+    file = make_task(11)
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent))))
+
+    def start(folder: Path, pause: float) -> subprocess.Popen[str]:
+        command = [sys.executable, str(script), str(file), str(folder), str(pause)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+
+    whole = tmp_path / "whole"
+    assert start(whole, 0).wait() == 0
+    killed = tmp_path / "killed"
+    process = start(killed, 0.3)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 2"):  # in the middle of the first epoch: three steps of two micro-batches
+            process.send_signal(sig)
+            break
+    process.wait()
+    assert not (killed / "final.pt").exists()
+    assert start(killed, 0).wait() == 0
+    expected, found = (torch.load(folder / "final.pt", weights_only=True) for folder in (whole, killed))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
