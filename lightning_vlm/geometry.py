@@ -54,6 +54,12 @@ class ImageGeometry:
             raise ValueError(f"patch_size ({self.patch_size}) and merge_size ({self.merge_size}) must be at least 1")
         if self.max_num_patches < self.merge_size**2:
             raise ValueError(f"max_num_patches ({self.max_num_patches}) is less than one token's {self.merge_size**2}")
+        if self.min_num_patches > self.max_num_patches:
+            raise ValueError(
+                f"min_num_patches ({self.min_num_patches}) is more than max_num_patches ({self.max_num_patches})"
+            )
+        if self.max_tiles < 1:
+            raise ValueError(f"max_tiles is {self.max_tiles}; expected at least 1")
         if self.tile_size % (self.patch_size * self.merge_size):
             raise ValueError(
                 f"tile_size ({self.tile_size}) is not a multiple of patch_size * merge_size "
@@ -117,7 +123,7 @@ def dynamic_grid(height: int, width: int, budget: int, geometry: ImageGeometry) 
 
     rows = _to_multiple(rows, merge, fits=lambda side: side * columns <= budget)
     columns = _to_multiple(columns, merge, fits=lambda side: rows * side <= budget)
-    if rows * columns > budget:  # only where a side was held at the minimum above: the long side gives way
+    if rows * columns > budget:  # a side was held above, or the budget is hardly more than the minimum
         if columns >= rows:
             columns = max(merge, budget // rows // merge * merge)
         else:

@@ -94,7 +94,7 @@ class NemotronVLModule(L.LightningModule):
             model = NemotronVL.from_pretrained(options.model_id, dtype=torch.get_default_dtype())
         model.train()
         if options.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         freeze(model, options.freeze or [])
         self.model = model
 

@@ -119,7 +119,7 @@ def resolve_path(ref: str, policy: MediaPolicy, source: str) -> Path:
     """
     root = policy.media_root.resolve()
     if not ref or "\x00" in ref:
-        raise MediaError(source, f"image path is {ref!r}, expected a file name", "name the image file")
+        raise MediaError(source, f"image path is {_short(ref)!r}, expected a file name", "name the image file")
     name, place = repr(_short(ref)), f"the media root {str(policy.media_root)!r}"
     try:
         path = (root / ref).resolve()

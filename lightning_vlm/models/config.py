@@ -53,7 +53,9 @@ class NemotronVLConfig(PretrainedConfig):
         norm_std: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
-        released = {new: kwargs.pop(old) for old, new in _RELEASED_NAMES.items() if kwargs.get(old) is not None}
+        released = {
+            new: kwargs.pop(old) for old, new in _RELEASED_NAMES.items() if kwargs.get(old) is not None
+        }
         self.vision_config = _sub_config(vision_config, RadioConfig)
         self.text_config = _sub_config(text_config or released.get("text_config"), NemotronHConfig)
         self.downsample_ratio = downsample_ratio

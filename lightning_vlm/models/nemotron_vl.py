@@ -238,25 +238,40 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             rows = torch.arange(len(grids)).split(images_per_row(is_placeholder, tokens_per_image))
             order = torch.cat([row.repeat(expand_size) for row in rows])
             split = patches.split(grids.prod(-1).tolist())
-            images = {"pixel_values": torch.cat([split[image] for image in order]), "image_grid_hw": grids[order]}
+            images = {
+                "pixel_values": torch.cat([split[image] for image in order]),
+                "image_grid_hw": grids[order],
+            }
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | images
 
     def _with_images(
-        self, inputs_embeds: Tensor, input_ids: Tensor | None, pixel_values: Tensor | None, grids: Tensor | None
+        self,
+        inputs_embeds: Tensor,
+        input_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        grids: Tensor | None,
     ) -> Tensor:
         is_placeholder = None if input_ids is None else input_ids == self.config.image_token_id
         if pixel_values is not None:
             if is_placeholder is None or grids is None:
-                raise FusionError("pixel_values needs input_ids (placeholder positions) and image_grid_hw beside it")
+                raise FusionError(
+                    "pixel_values needs input_ids (placeholder positions) and image_grid_hw beside it"
+                )
             features, tokens_per_image = self.get_image_features(pixel_values, grids)
             return fuse(inputs_embeds, features, is_placeholder, tokens_per_image)
-        if is_placeholder is not None and input_ids is not None and input_ids.shape[1] > 1 and is_placeholder.any():
+        if (
+            is_placeholder is not None
+            and input_ids is not None
+            and input_ids.shape[1] > 1
+            and is_placeholder.any()
+        ):
             row = int(is_placeholder.any(-1).nonzero()[0])
             raise FusionError(
-                f"row {row} has {int(is_placeholder[row].sum())} image placeholder tokens and no image was given", row
+                f"row {row} has {int(is_placeholder[row].sum())} image placeholder tokens and no image was given",
+                row,
             )
         if self.training and torch.is_grad_enabled():
             return inputs_embeds + self._absent_image(inputs_embeds)
@@ -275,7 +290,9 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         return (features * 0.0).sum().to(like.dtype)  # not sum() * 0: a sum that overflows would become NaN
 
     @staticmethod
-    def _output(outputs: Any, loss: Tensor | None = None, logits: Tensor | None = None) -> CausalLMOutputWithPast:
+    def _output(
+        outputs: Any, loss: Tensor | None = None, logits: Tensor | None = None
+    ) -> CausalLMOutputWithPast:
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -11,7 +11,6 @@ including its end token. Nothing else.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -84,19 +83,27 @@ def render_turns(
 
     spans: list[Span] = []
     untrained = ""
+    start = length = 0  # where this turn begins in the full text, and how long it is
     end_of_previous = 0  # characters of the gap before this turn that the previous turn's end token took
     for index, message in enumerate(messages):
+        start += length
         one_real = [*marked[:index], message, *marked[index + 1 :]]
         between = _between(render(one_real), markers, index, source)
         if not between.endswith(gaps[index + 1]):
             raise _coupled(source, index)
-        turn = between[: len(between) - len(gaps[index + 1])]  # the template's header, then the content
+        length = len(between) - len(gaps[index + 1])
+        turn = between[:length]  # the template's header, then the content
         if message["role"] != "assistant":
             untrained += turn[end_of_previous:]
             end_of_previous = 0
             continue
-        prompt = _after_last_marker(render(marked[:index], add_generation_prompt=True), markers, index)
-        header = prompt if turn.startswith(prompt) else os.path.commonprefix([prompt, gaps[index], turn])
+        # The prompt of the real turns, because they can choose its end (/no_think in the 12B model's template).
+        prompt = render(messages[:index], add_generation_prompt=True)
+        if prompt.startswith(full[:start]):
+            prompt = prompt[start:]
+        else:  # the earlier turns read differently before this one is there: their thinking is not cut yet
+            prompt = _after_last_marker(render(marked[:index], add_generation_prompt=True), markers, index)
+        header = prompt if turn.startswith(prompt) else _common_start(prompt, gaps[index], turn)
         end = _end_of_turn(gaps[index + 1], tokenizer, source)
         spans.append(Span(untrained + header[end_of_previous:], trained=False))
         spans.append(Span(turn[len(header) :] + gaps[index + 1][:end], trained=True))
@@ -177,6 +184,12 @@ def _between(rendered: str, markers: list[str], index: int, source: str) -> str:
 
 def _after_last_marker(rendered: str, markers: list[str], index: int) -> str:
     return rendered.partition(markers[index - 1])[2] if index > 0 else rendered
+
+
+def _common_start(*texts: str) -> str:
+    """The longest text that all of ``texts`` start with."""
+    length = next((i for i, letters in enumerate(zip(*texts)) if len(set(letters)) > 1), min(map(len, texts)))
+    return texts[0][:length]
 
 
 def _end_of_turn(gap: str, tokenizer: Any, source: str) -> int:

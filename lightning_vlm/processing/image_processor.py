@@ -6,6 +6,7 @@ Pillow only, so it installs anywhere; by default it leaves pixels in uint8 and l
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -79,7 +80,14 @@ class NemotronVLImageProcessor(PilBackend):
     @property
     def geometry(self) -> ImageGeometry:
         """The integer side of this processor: sizes to grids to token counts."""
-        return _geometry(vars(self))
+        return self.geometry_with()
+
+    def geometry_with(self, **overrides: Any) -> ImageGeometry:
+        """The geometry with any constructor arguments replaced."""
+        options = {**vars(self), **overrides}
+        return ImageGeometry(
+            merge_size=round(1 / options["downsample_ratio"]), **{name: options[name] for name in _GEOMETRY_NAMES}
+        )
 
     def patchify(self, images: list[Image.Image], **overrides: Any) -> tuple[Tensor, list[list[Grid]]]:
         """Cuts images into one stack of patches.
@@ -93,7 +101,7 @@ class NemotronVLImageProcessor(PilBackend):
             its tiles (one grid in dynamic mode).
         """
         options = {**vars(self), **overrides}
-        geometry, as_float = _geometry(options), bool(options["do_normalize"])
+        geometry, as_float = self.geometry_with(**overrides), bool(options["do_normalize"])
         patches, grids = zip(*(image_to_patches(image, geometry, as_float=as_float) for image in images))
         stacked = torch.cat(patches)
         if as_float:
@@ -110,15 +118,5 @@ class NemotronVLImageProcessor(PilBackend):
         return BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
 
 
-def _geometry(options: dict[str, Any]) -> ImageGeometry:
-    return ImageGeometry(
-        mode=options["mode"],
-        patch_size=options["patch_size"],
-        merge_size=round(1 / options["downsample_ratio"]),
-        min_num_patches=options["min_num_patches"],
-        max_num_patches=options["max_num_patches"],
-        max_model_len=options["max_model_len"],
-        tile_size=options["tile_size"],
-        max_tiles=options["max_tiles"],
-        use_thumbnail=options["use_thumbnail"],
-    )
+# Named alike here and in `ImageGeometry`; only merge_size is told by downsample_ratio, as released configs do.
+_GEOMETRY_NAMES = tuple(field.name for field in fields(ImageGeometry) if field.name != "merge_size")

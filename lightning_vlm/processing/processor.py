@@ -8,7 +8,7 @@ served.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -67,16 +67,17 @@ class NemotronVLProcessor(ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path: Folder or repository name.
-            **kwargs: Options of the image processor, or of the hub download.
+            **kwargs: Token names, options of the image processor, or of the hub download.
         """
         image_options = _pop_image_options(kwargs)
+        given = {name: kwargs.pop(name) for name in _TOKEN_NAMES if name in kwargs}
         image_processor = NemotronVLImageProcessor.from_pretrained(
             pretrained_model_name_or_path, **image_options, **kwargs
         )
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         names = {name: saved[name] for name in _TOKEN_NAMES if name in saved}
-        return cls(image_processor=image_processor, tokenizer=tokenizer, **names)
+        return cls(image_processor=image_processor, tokenizer=tokenizer, **{**names, **given})
 
     @property
     def geometry(self) -> ImageGeometry:
@@ -92,7 +93,7 @@ class NemotronVLProcessor(ProcessorMixin):
         """Prepares model inputs.
 
         Args:
-            images: An image, or all images of the batch in reading order.
+            images: An image, or all images of the batch in reading order; or one list of them per text.
             text: One text or several, with one ``<image>`` per image.
             **kwargs: Tokenizer options (``padding``, ``return_tensors``...) and image options.
 
@@ -108,18 +109,19 @@ class NemotronVLProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         return_tensors = kwargs.pop("return_tensors", None)
         image_options = _pop_image_options(kwargs)
+        flat = [] if images is None else [to_rgb(image) for image in make_flat_list_of_images(images)]
+        for found, given in _image_counts(texts, images, len(flat), self.image_token):
+            if found != given:
+                raise ValueError(f"text has {found} {self.image_token} placeholder(s) for {given} image(s)")
         data: dict[str, Any] = {}
         grids: list[list[Grid]] = []
-        if images is not None:
-            flat = [to_rgb(image) for image in make_flat_list_of_images(images)]
+        if flat:
             data["pixel_values"], grids = self.image_processor.patchify(flat, **image_options)
             data["image_grid_hw"] = torch.tensor([grid for tiles in grids for grid in tiles])
-        found = sum(item.count(self.image_token) for item in texts)
-        if found != len(grids):
-            raise ValueError(f"text has {found} {self.image_token} placeholder(s) for {len(grids)} image(s)")
-        remaining = iter(grids)
+        geometry = self.image_processor.geometry_with(**image_options)
+        counts = iter([geometry.num_tokens(tiles) for tiles in grids])
         kwargs.setdefault("add_special_tokens", False)
-        encoded = self.tokenizer([self._expand(item, remaining) for item in texts], **kwargs)
+        encoded = self.tokenizer([self._expand(item, counts) for item in texts], **kwargs)
         return BatchFeature(data={**encoded, **data}, tensor_type=return_tensors)
 
     def encode(
@@ -138,11 +140,16 @@ class NemotronVLProcessor(ProcessorMixin):
             answer: The model is to answer: the conversation ends with a generation prompt and nothing is trained on.
             template_kwargs: Extra chat-template variables.
 
+        Returns:
+            The sample. Its references are the conversation's, or else the answer that it was trained on.
+
         Raises:
             DataError: If the conversation cannot be rendered or holds more or fewer images than given.
         """
         source = conversation.source
         messages = to_messages(conversation, self.image_token)
+        if isinstance(self.chat_template, str):  # may have been replaced; a dict of named ones is the tokenizer's
+            template_kwargs = {"chat_template": self.chat_template, **(template_kwargs or {})}
         if answer:
             spans = [Span(render_prompt(self.tokenizer, messages, source, template_kwargs), trained=False)]
         else:
@@ -161,13 +168,14 @@ class NemotronVLProcessor(ProcessorMixin):
                 f"the chat template rendered {found} image placeholder(s) for {len(images)} image(s)",
                 "use a chat_template that prints every turn's content",
             )
-        remaining = iter(grids)
+        counts = [self.geometry.num_tokens(tiles) for tiles in grids]
+        remaining = iter(counts)
         expanded = [Span(self._expand(span.text, remaining), span.trained) for span in spans]
         input_ids, labels = tokenize_spans(self.tokenizer, expanded)
-        if (placeholders := int((input_ids == self.image_token_id).sum())) != self._num_tokens(grids):
+        if (placeholders := int((input_ids == self.image_token_id).sum())) != sum(counts):
             raise DataError(
                 source,
-                f"{placeholders} image placeholders were tokenised, expected {self._num_tokens(grids)}",
+                f"{placeholders} image placeholders were tokenised, expected {sum(counts)}",
                 "use the tokenizer that belongs to the model",
             )
         return Sample(
@@ -177,21 +185,15 @@ class NemotronVLProcessor(ProcessorMixin):
             image_grid_hw=rows,
             prompt_length=last_answer_start(labels),
             prompt="".join(span.text for span in _before_last_answer(spans)),
-            references=conversation.references or (conversation.turns[-1].text,),
+            references=conversation.references or (() if answer else _last_answer(conversation)),
             source=source,
         )
 
-    def _expand(self, text: str, grids: Iterable[list[Grid]]) -> str:
+    def _expand(self, text: str, counts: Iterator[int]) -> str:
         """Replaces each placeholder by its image's run: start, one placeholder per token of all its tiles, end."""
-        pieces = text.split(self.image_token)
-        runs = (
-            self.image_start_token + self.image_token * self.geometry.num_tokens(tiles) + self.image_end_token
-            for tiles in grids
-        )
-        return pieces[0] + "".join(next(runs) + piece for piece in pieces[1:])
-
-    def _num_tokens(self, grids: list[list[Grid]]) -> int:
-        return sum(self.geometry.num_tokens(tiles) for tiles in grids)
+        first, *rest = text.split(self.image_token)
+        runs = (self.image_start_token + self.image_token * next(counts) + self.image_end_token for _ in rest)
+        return first + "".join(run + piece for run, piece in zip(runs, rest))
 
     @property
     def model_input_names(self) -> list[str]:
@@ -205,6 +207,15 @@ _TOKEN_NAMES = ("image_token", "image_start_token", "image_end_token")
 def _pop_image_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     names = {*NemotronVLImageKwargs.__annotations__, "do_normalize", "image_mean", "image_std"}
     return {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+
+
+def _image_counts(texts: list[str], images: Any, given: int, image_token: str) -> list[tuple[int, int]]:
+    """(placeholders, images) that must agree: per text where the images come as one list per text, else in all."""
+    found = [text.count(image_token) for text in texts]
+    per_text = isinstance(images, (list, tuple)) and all(isinstance(own, (list, tuple)) for own in images)
+    if per_text and len(images) == len(texts):
+        return list(zip(found, (len(own) for own in images)))
+    return [(sum(found), given)]
 
 
 def token_id(tokenizer: Any, token: str) -> int:
@@ -229,6 +240,10 @@ def last_answer_start(labels: Tensor) -> int:
     starts = trained & ~torch.nn.functional.pad(trained[:-1], (1, 0))
     found = starts.nonzero().flatten()
     return int(found[-1]) if len(found) else len(labels)
+
+
+def _last_answer(conversation: Conversation) -> tuple[str, ...]:
+    return tuple(turn.text for turn in conversation.turns if turn.role == "assistant")[-1:]
 
 
 def _before_last_answer(spans: list[Span]) -> list[Span]:

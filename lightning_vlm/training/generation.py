@@ -29,7 +29,11 @@ def left_padded_prompts(batch: VLMBatch, pad_token_id: int) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def generate_answers(
-    model: NemotronVL, processor: NemotronVLProcessor, batch: VLMBatch, max_new_tokens: int, in_step: bool = False
+    model: NemotronVL,
+    processor: NemotronVLProcessor,
+    batch: VLMBatch,
+    max_new_tokens: int,
+    in_step: bool = False,
 ) -> list[str]:
     """Greedy answers.
 

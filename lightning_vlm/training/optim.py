@@ -19,7 +19,9 @@ from lightning_vlm.training.freezing import PARTS, part
 _NEVER_DECAYED = ("A_log", ".D", "dt_bias", "position_embedding", "cls_register_token")
 
 
-def parameter_groups(model: NemotronVL, lr: float | dict[str, float], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: NemotronVL, lr: float | dict[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
     """Trainable parameters in named groups.
 
     Args:
@@ -46,14 +48,18 @@ def parameter_groups(model: NemotronVL, lr: float | dict[str, float], weight_dec
         for suffix, parameters, decay in (("", decayed, weight_decay), ("/no_decay", spared, 0.0)):
             if parameters:
                 if name not in rates:
-                    raise ValueError(f"lr has no rate for {name!r}, which is trainable; add it or freeze that part")
+                    raise ValueError(
+                        f"lr has no rate for {name!r}, which is trainable; add it or freeze that part"
+                    )
                 groups.append(
                     {"name": name + suffix, "params": parameters, "lr": rates[name], "weight_decay": decay}
                 )
     return groups
 
 
-def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: int | float, min_lr_ratio: float) -> LambdaLR:
+def warmup_cosine(
+    optimizer: Optimizer, total_steps: int, warmup: int | float, min_lr_ratio: float
+) -> LambdaLR:
     """Linear warm-up, then a cosine down to a fraction of each group's learning rate.
 
     Args:

@@ -57,7 +57,9 @@ def make_theirs(shake: Callable[..., nn.Module]) -> Callable[..., NemotronH_Omni
 
 
 @pytest.fixture
-def make_twins(make_theirs: Callable[..., Any]) -> Callable[..., tuple[NemotronVL, NemotronH_Omni_Reasoning_V3]]:
+def make_twins(
+    make_theirs: Callable[..., Any],
+) -> Callable[..., tuple[NemotronVL, NemotronH_Omni_Reasoning_V3]]:
     """Our model and transformers', with the same weights."""
 
     def make(*args: Any, **options: Any) -> tuple[NemotronVL, NemotronH_Omni_Reasoning_V3]:
@@ -112,7 +114,9 @@ def make_batch() -> Callable[..., dict[str, Tensor]]:
 def as_floats() -> Callable[..., dict[str, Tensor]]:
     """The same batch as transformers takes it: pixels normalised in float32, then in the model's dtype."""
 
-    def convert(batch: dict[str, Tensor], model: NemotronVL, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def convert(
+        batch: dict[str, Tensor], model: NemotronVL, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
         if "pixel_values" not in batch:
             return batch
         mean, std = torch.tensor(model.config.norm_mean), torch.tensor(model.config.norm_std)

@@ -69,7 +69,12 @@ def test_features_take_the_dtype_of_the_text():
     [
         (["III."], [4], 0, ["3 image placeholder", "4 features"]),
         (["IIIII"], [4], 0, ["5 image placeholder", "4 features"]),
-        (["IIII.", "III.."], [4, 4], 1, ["row 1 has 3 ", "7 placeholders", "8 features of 2 image(s) (4, 4)"]),
+        (
+            ["IIII.", "III.."],
+            [4, 4],
+            1,
+            ["row 1 has 3 ", "7 placeholders", "8 features of 2 image(s) (4, 4)"],
+        ),
         (["IIII.", "IIII."], [4], 1, ["row 1 has 4 ", "8 placeholders", "4 features"]),
         (["....", "IIII"], [2, 6], 1, ["row 1 has 4 ", "8 features"]),
         (["IIII", "...."], [4, 4], None, ["the batch has 4 ", "8 features of 2"]),

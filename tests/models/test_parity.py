@@ -84,11 +84,13 @@ def test_padding_does_not_change_a_row(make_twins, make_batch):
     padded = {
         **alone,
         "input_ids": torch.cat([nn.functional.pad(alone["input_ids"], (0, padding)), long["input_ids"]]),
-        "attention_mask": torch.cat([nn.functional.pad(alone["attention_mask"], (0, padding)), long["attention_mask"]]),
+        "attention_mask": torch.cat(
+            [nn.functional.pad(alone["attention_mask"], (0, padding)), long["attention_mask"]]
+        ),
         "labels": None,
     }
     with torch.no_grad():
         expected = ours(**alone).logits[0]
         actual = ours(**padded).logits[0, : expected.shape[0]]
-    print("PADDING", (actual-expected).abs().max(), expected.abs().max())
+    print("PADDING", (actual - expected).abs().max(), expected.abs().max())
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)

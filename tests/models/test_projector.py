@@ -23,7 +23,9 @@ def plain_loop(features: Tensor, merge: int, version: str) -> Tensor:
         blocks = [(y, x) for x in range(columns // merge) for y in range(rows // merge)]
     return torch.stack(
         [
-            torch.cat([features[merge * y + dy, merge * x + dx] for dy in range(merge) for dx in range(merge)])
+            torch.cat(
+                [features[merge * y + dy, merge * x + dx] for dy in range(merge) for dx in range(merge)]
+            )
             for y, x in blocks
         ]
     )
@@ -78,5 +80,11 @@ def test_projector_is_rms_norm_linear_squared_relu_linear():
     normed = features / (features.square().mean(-1, keepdim=True) + 1e-5).sqrt() * projector.layer_norm.weight
     hidden = (normed @ projector.linear_1.weight.T).clamp(min=0).square()
     # Worst difference measured over twenty seeds: 2.4e-7.
-    torch.testing.assert_close(projector(features), hidden @ projector.linear_2.weight.T, atol=2e-6, rtol=1e-5)
-    assert [name for name, _ in projector.named_parameters()] == ["layer_norm.weight", "linear_1.weight", "linear_2.weight"]
+    torch.testing.assert_close(
+        projector(features), hidden @ projector.linear_2.weight.T, atol=2e-6, rtol=1e-5
+    )
+    assert [name for name, _ in projector.named_parameters()] == [
+        "layer_norm.weight",
+        "linear_1.weight",
+        "linear_2.weight",
+    ]

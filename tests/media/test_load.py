@@ -1,0 +1,405 @@
+"""Loading media: every bad reference is one clear sentence, every good one is upright RGB of the announced size."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import re
+import socket
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from lightning_vlm.media.load import MediaError, MediaPolicy, image_size, load_image
+
+SOURCE = "file.jsonl:12"
+BOTH = pytest.mark.parametrize("load", [load_image, image_size], ids=lambda function: function.__name__)
+
+Load = Callable[[str, MediaPolicy, str], object]
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> MediaPolicy:
+    root = tmp_path / "media"
+    root.mkdir()
+    return MediaPolicy(root)
+
+
+def refused(load: Load, ref: str, policy: MediaPolicy, *, found: str, fix: str) -> MediaError:
+    """Loads, expects an error, and checks that it is one sentence with everything that a user needs."""
+    with pytest.raises(MediaError) as caught:
+        load(ref, policy, SOURCE)
+    text = str(caught.value)
+    assert text.startswith(f"{SOURCE}: ")
+    assert "\n" not in text
+    assert text.endswith(".")
+    assert not re.search(r"[.!?] [A-Z]", text), text  # one sentence
+    assert found in text
+    assert "expected" in caught.value.problem
+    assert fix in caught.value.fix
+    return caught.value
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixel at all."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+class TestPaths:
+    @BOTH
+    def test_missing_file(self, load: Load, policy: MediaPolicy) -> None:
+        refused(load, "no.png", policy, found="'no.png' does not exist under the media root", fix="correct the path")
+
+    @BOTH
+    def test_folder(self, load: Load, policy: MediaPolicy) -> None:
+        (policy.media_root / "album").mkdir()
+        refused(load, "album", policy, found="'album' is a folder", fix="correct the path")
+
+    @BOTH
+    @pytest.mark.parametrize("ref", ["", "a\x00.png"], ids=["empty", "null byte"])
+    def test_no_name(self, load: Load, policy: MediaPolicy, ref: str) -> None:
+        refused(load, ref, policy, found="image path is", fix="name the image file")
+
+    @pytest.mark.parametrize("ref", ["x" * 300, "iVBORw0KGgo" * 5000], ids=["one name", "bare base64"])
+    def test_name_that_no_file_can_have_is_not_printed_in_full(self, policy: MediaPolicy, ref: str) -> None:
+        error = refused(load_image, ref, policy, found="too long", fix="correct the path")
+        assert len(str(error)) < 500
+
+    @pytest.mark.parametrize("ref", ["\ud800.png", "circle"], ids=["lone surrogate", "links in a circle"])
+    def test_name_that_cannot_be_looked_up(self, policy: MediaPolicy, ref: str) -> None:
+        (policy.media_root / "circle").symlink_to(policy.media_root / "circle")
+        refused(load_image, ref, policy, found="cannot be looked up", fix="correct the path")
+
+    @BOTH
+    @pytest.mark.parametrize("way", ["dots", "dots inside", "absolute", "link", "link to a folder"])
+    def test_outside_the_media_root(self, load: Load, policy: MediaPolicy, tmp_path: Path, way: str) -> None:
+        secret = tmp_path / "secret.png"
+        Image.new("RGB", (4, 4)).save(secret)
+        (policy.media_root / "link.png").symlink_to(secret)
+        (policy.media_root / "folder").symlink_to(tmp_path)
+        refs = {
+            "dots": "../secret.png",
+            "dots inside": "sub/../../secret.png",
+            "absolute": str(secret),
+            "link": "link.png",
+            "link to a folder": "folder/secret.png",
+        }
+        refused(load, refs[way], policy, found="outside the media root", fix="under the media root")
+
+    def test_root_whose_name_only_begins_alike_is_outside(self, policy: MediaPolicy, tmp_path: Path) -> None:
+        (tmp_path / "media2").mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / "media2" / "a.png")
+        refused(load_image, "../media2/a.png", policy, found="outside the media root", fix="under the media root")
+
+    @pytest.mark.parametrize("way", ["relative", "dots that stay", "absolute", "link", "link to the root"])
+    def test_inside_the_media_root(self, policy: MediaPolicy, tmp_path: Path, way: str) -> None:
+        (policy.media_root / "a").mkdir()
+        Image.new("RGB", (5, 3)).save(policy.media_root / "a" / "b.png")
+        (policy.media_root / "link.png").symlink_to("a/b.png")
+        (tmp_path / "alias").symlink_to(policy.media_root)
+        if way == "link to the root":
+            policy = MediaPolicy(tmp_path / "alias")
+        refs = {
+            "relative": "a/b.png",
+            "dots that stay": "a/../a/b.png",
+            "absolute": str(policy.media_root / "a" / "b.png"),
+            "link": "link.png",
+            "link to the root": "a/b.png",
+        }
+        assert load_image(refs[way], policy, SOURCE).size == (5, 3)
+        assert image_size(refs[way], policy, SOURCE) == (3, 5)
+
+    @BOTH
+    @pytest.mark.parametrize("ref", ["file:///etc/passwd", "s3://bucket/a.png", "ftp://host/a.png", "gs://a[b"])
+    def test_other_schemes(self, load: Load, policy: MediaPolicy, ref: str) -> None:
+        scheme = ref.partition(":")[0]
+        refused(load, ref, policy, found=f"scheme {scheme!r}", fix="relative path")
+
+    def test_colon_in_a_file_name_is_no_scheme(self, policy: MediaPolicy) -> None:
+        Image.new("RGB", (5, 3)).save(policy.media_root / "page:1.png")
+        assert load_image("page:1.png", policy, SOURCE).size == (5, 3)
+
+
+class TestDamagedFiles:
+    @BOTH
+    @pytest.mark.parametrize("content", [b"", b"hello", b"<html></html>"], ids=["empty", "text", "html"])
+    def test_not_an_image(self, load: Load, policy: MediaPolicy, content: bytes) -> None:
+        (policy.media_root / "a.png").write_bytes(content)
+        refused(load, "a.png", policy, found="'a.png' cannot be decoded (not an image)", fix="replace the file")
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
+    def test_truncated(self, policy: MediaPolicy, kind: str) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, kind)
+        (policy.media_root / "a").write_bytes(content.getvalue()[: content.tell() * 2 // 3])
+        refused(load_image, "a", policy, found="'a' cannot be decoded", fix="replace the file")
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "ICO", "PPM", "TGA", "JPEG2000"])
+    def test_random_damage_never_raises_anything_else(self, policy: MediaPolicy, kind: str) -> None:
+        if (plugin := {"AVIF": "avif", "JPEG2000": "jpg_2000"}.get(kind)) and not features.check(plugin):
+            pytest.skip(f"this Pillow is built without {kind}")
+        generator = np.random.default_rng(1)
+        content = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(content, kind)
+        for _ in range(60):
+            damaged = bytearray(content.getvalue()[: generator.integers(1, content.tell() + 1)])
+            for place in generator.integers(0, min(len(damaged), 200), 4):
+                damaged[place] = generator.integers(0, 256)
+            (policy.media_root / "a").write_bytes(damaged)
+            for load in (load_image, image_size):
+                try:
+                    load("a", policy, SOURCE)
+                except MediaError as error:
+                    assert "\n" not in str(error)
+
+
+class TestSize:
+    @BOTH
+    @pytest.mark.parametrize("side", [9000, 10_000, 100_000], ids=str)  # Pillow warns from 9460, refuses from 13,378
+    def test_too_many_pixels_are_refused_from_the_header(self, load: Load, policy: MediaPolicy, side: int) -> None:
+        (policy.media_root / "a.png").write_bytes(png_header(side, side))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            error = refused(load, "a.png", policy, found="max_image_pixels = 64,000,000", fix="max_image_pixels")
+        assert "pixels, expected at most" in str(error)
+
+    def test_same_file_with_fewer_pixels_gets_as_far_as_decoding(self, policy: MediaPolicy) -> None:
+        # The counterpart that shows that the test above never decoded: there is nothing to decode in these files.
+        (policy.media_root / "a.png").write_bytes(png_header(8000, 8000))
+        refused(load_image, "a.png", policy, found="cannot be decoded", fix="replace the file")
+        assert image_size("a.png", policy, SOURCE) == (8000, 8000)
+
+    @BOTH
+    def test_limit_itself_is_allowed(self, load: Load, policy: MediaPolicy) -> None:
+        Image.new("RGB", (20, 10)).save(policy.media_root / "a.png")
+        load("a.png", MediaPolicy(policy.media_root, max_image_pixels=200), SOURCE)
+        strict = MediaPolicy(policy.media_root, max_image_pixels=199)
+        refused(load, "a.png", strict, found="20 x 10 = 200 pixels", fix="raise max_image_pixels")
+
+    @BOTH
+    def test_limit_beyond_pillows_own_names_pillows(self, load: Load, policy: MediaPolicy) -> None:
+        (policy.media_root / "a.png").write_bytes(png_header(20_000, 20_000))
+        generous = MediaPolicy(policy.media_root, max_image_pixels=10**9)
+        error = refused(load, "a.png", generous, found="Pillow's own limit", fix="PIL.Image.MAX_IMAGE_PIXELS")
+        assert "1,000,000,000" not in str(error)
+
+    def test_damage_behind_the_header_does_not_matter_for_the_size(self, policy: MediaPolicy) -> None:
+        (policy.media_root / "a.png").write_bytes(png_header(30, 20))
+        assert image_size("a.png", policy, SOURCE) == (20, 30)
+
+
+class TestPixels:
+    # Upright: red on the left, blue on the right, three times as wide as high.
+    upright = Image.new("RGB", (48, 16), "red")
+    upright.paste("blue", (24, 0, 48, 16))
+    undo: dict[int, Image.Transpose] = {  # noqa: RUF012  what a camera's sensor did, by EXIF orientation
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_are_upright_and_of_the_announced_size(self, policy: MediaPolicy, kind: str, orientation: int) -> None:
+        stored = self.upright.transpose(self.undo[orientation]) if orientation in self.undo else self.upright
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(policy.media_root / "a", kind, exif=exif)
+        image = load_image("a", policy, SOURCE)
+        assert image_size("a", policy, SOURCE) == (image.height, image.width) == (16, 48)
+        red, _, blue = image.getpixel((4, 8))
+        assert red > 200 > 50 > blue
+        red, _, blue = image.getpixel((44, 8))
+        assert blue > 200 > 50 > red
+
+    def test_orientation_behind_the_pixels_is_ignored_by_size_and_image_alike(self, policy: MediaPolicy) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        content = io.BytesIO()
+        self.upright.save(content, "PNG", exif=exif)
+        raw = content.getvalue()
+        start = raw.index(b"eXIf") - 4
+        end = start + 12 + struct.unpack(">I", raw[start : start + 4])[0]
+        tail = raw.index(b"IEND") - 4
+        (policy.media_root / "a.png").write_bytes(raw[:start] + raw[end:tail] + raw[start:end] + raw[tail:])
+        image = load_image("a.png", policy, SOURCE)
+        assert image_size("a.png", policy, SOURCE) == (image.height, image.width) == (16, 48)
+
+    @pytest.mark.parametrize(
+        ("mode", "kind"),
+        [
+            *itertools.product(["1", "L", "LA", "P", "RGBA", "I;16"], ["PNG", "TIFF"]),
+            ("CMYK", "TIFF"),
+            ("YCbCr", "TIFF"),
+        ],
+    )
+    def test_become_rgb_of_the_same_colour(self, policy: MediaPolicy, mode: str, kind: str) -> None:
+        if mode == "I;16":
+            image = Image.fromarray(np.full((3, 5), 65535, dtype=np.uint16))
+        else:
+            image = Image.new("RGB", (5, 3), "white").convert(mode)
+        image.save(policy.media_root / "a", kind)
+        loaded = load_image("a", policy, SOURCE)
+        assert loaded.mode == "RGB"
+        assert loaded.size == (5, 3)
+        assert loaded.getpixel((2, 1)) == (255, 255, 255)
+
+    def test_colours_of_a_palette_and_of_cmyk_are_kept(self, policy: MediaPolicy) -> None:
+        self.upright.convert("P").save(policy.media_root / "p.png")
+        self.upright.convert("RGBA").save(policy.media_root / "a.png")
+        self.upright.convert("CMYK").save(policy.media_root / "c.tiff")
+        for name in ("p.png", "a.png", "c.tiff"):
+            assert np.array_equal(np.asarray(load_image(name, policy, SOURCE)), np.asarray(self.upright)), name
+
+    def test_sixteen_bit_grey_is_scaled_not_clipped(self, policy: MediaPolicy) -> None:
+        ramp = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
+        Image.fromarray(ramp).save(policy.media_root / "a.png")
+        assert np.asarray(load_image("a.png", policy, SOURCE))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+    @pytest.mark.parametrize("value", [-1.0, 0.5, 256.0, float("nan")])
+    def test_float_image_outside_0_to_255_is_refused(self, policy: MediaPolicy, value: float) -> None:
+        Image.fromarray(np.full((3, 5), value, dtype=np.float32)).save(policy.media_root / "a.tiff")
+        refused(load_image, "a.tiff", policy, found="expected pixels in 0..255", fix="replace the file")
+
+    def test_loading_changes_neither_file_nor_later_loads(self, policy: MediaPolicy) -> None:
+        path = policy.media_root / "a.png"
+        self.upright.convert("P").save(path)
+        before, modified = path.read_bytes(), path.stat().st_mtime_ns
+        first = load_image("a.png", policy, SOURCE)
+        expected = np.array(first)
+        first.paste("green", (0, 0, 48, 16))
+        assert np.array_equal(np.asarray(load_image("a.png", policy, SOURCE)), expected)
+        assert (path.read_bytes(), path.stat().st_mtime_ns) == (before, modified)
+
+
+class TestDataUri:
+    @pytest.mark.parametrize("prefix", ["data:image/png;base64,", "DATA:image/png;base64,", "data:;base64,"])
+    def test_is_decoded(self, policy: MediaPolicy, prefix: str) -> None:
+        ref = prefix + base64.b64encode(png_bytes(Image.new("RGB", (5, 3), "red"))).decode()
+        assert load_image(ref, policy, SOURCE).getpixel((0, 0)) == (255, 0, 0)
+        assert image_size(ref, policy, SOURCE) == (3, 5)
+
+    @BOTH
+    @pytest.mark.parametrize(
+        "ref",
+        [
+            "data:image/png;base64,@@@",
+            "data:image/png;base64,abcde",
+            "data:image/png;base64,äöü",
+            "data:image/png,abcd",
+            "data:",
+        ],
+        ids=["letters", "length", "not ASCII", "not base64", "nothing"],
+    )
+    def test_broken_encoding(self, load: Load, policy: MediaPolicy, ref: str) -> None:
+        refused(load, ref, policy, found="expected 'data:image/...;base64,...'", fix="base64")
+
+    @BOTH
+    def test_broken_image_is_not_printed_in_full(self, load: Load, policy: MediaPolicy) -> None:
+        ref = "data:image/png;base64," + base64.b64encode(b"no image " * 1000).decode()
+        error = refused(load, ref, policy, found="not an image", fix="replace")
+        assert len(str(error)) < 500
+
+    @BOTH
+    def test_too_many_pixels(self, load: Load, policy: MediaPolicy) -> None:
+        ref = "data:image/png;base64," + base64.b64encode(png_header(10_000, 10_000)).decode()
+        refused(load, ref, policy, found="10000 x 10000 = 100,000,000 pixels", fix="max_image_pixels")
+
+
+class TestUrls:
+    @pytest.fixture
+    def server(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+        """Serves ``/image.png`` (5 x 3, red) and ``/page.html`` on 127.0.0.1; anything else is 404."""
+        monkeypatch.setenv("no_proxy", "*")
+        pages = {"/image.png": png_bytes(Image.new("RGB", (5, 3), "red")), "/page.html": b"<html></html>"}
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                content = pages.get(self.path)
+                self.send_response(404 if content is None else 200)
+                self.end_headers()
+                self.wfile.write(content or b"")
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+            thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+            thread.start()
+            yield f"http://127.0.0.1:{httpd.server_port}"
+            httpd.shutdown()
+            thread.join()
+
+    @BOTH
+    @pytest.mark.parametrize("scheme", ["http", "https", "HTTP"])
+    def test_are_refused_by_default(self, load: Load, policy: MediaPolicy, scheme: str) -> None:
+        refused(load, f"{scheme}://127.0.0.1:1/a.png", policy, found="is a URL", fix="allow_urls: true")
+
+    def test_are_downloaded_if_allowed(self, policy: MediaPolicy, server: str) -> None:
+        refused(load_image, f"{server}/image.png", policy, found="is a URL", fix="allow_urls: true")
+        allowed = MediaPolicy(policy.media_root, allow_urls=True)
+        assert load_image(f"{server}/image.png", allowed, SOURCE).getpixel((4, 2)) == (255, 0, 0)
+        assert image_size(f"{server}/image.png", allowed, SOURCE) == (3, 5)
+
+    def test_limits_hold_for_downloads(self, policy: MediaPolicy, server: str) -> None:
+        allowed = MediaPolicy(policy.media_root, allow_urls=True, max_image_pixels=14)
+        refused(load_image, f"{server}/image.png", allowed, found="5 x 3 = 15 pixels", fix="max_image_pixels")
+
+    @pytest.mark.parametrize(
+        ("path", "found"),
+        [("/none.png", "404"), ("/page.html", "not an image"), ("/a b.png", "cannot be downloaded")],
+        ids=["missing", "a web page", "a space"],
+    )
+    def test_that_give_no_image(self, policy: MediaPolicy, server: str, path: str, found: str) -> None:
+        allowed = MediaPolicy(policy.media_root, allow_urls=True)
+        refused(load_image, server + path, allowed, found=found, fix="file")
+
+    def test_that_are_malformed_or_unreachable(self, policy: MediaPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("no_proxy", "*")
+        allowed = MediaPolicy(policy.media_root, allow_urls=True)
+        with socket.socket() as bound:  # bound and not listening: nobody answers at this port
+            bound.bind(("127.0.0.1", 0))
+            for ref in (f"http://127.0.0.1:{bound.getsockname()[1]}/a.png", "http://[abc", "http://"):
+                refused(load_image, ref, allowed, found="cannot be downloaded", fix="check the URL")
+
+    def test_server_that_speaks_no_http(self, policy: MediaPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("no_proxy", "*")
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+
+            def answer() -> None:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(1000)
+                    connection.sendall(b"220 mail.example.org ready\r\n\r\n")
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            allowed = MediaPolicy(policy.media_root, allow_urls=True)
+            ref = f"http://127.0.0.1:{listening.getsockname()[1]}/a.png"
+            refused(load_image, ref, allowed, found="cannot be downloaded", fix="check the URL")
+            thread.join()
