@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -34,6 +35,7 @@ _UNKNOWN = re.compile(
     r"unrecognized arguments: -*(?P<a>[\w.\-]+)"
     r"|Option '(?P<b>[^']+)' is not accepted"
     r"|Group '(?P<group>[^']*)' does not accept option '(?P<c>[^']+)'"
+    r"|Subcommand '\w+' does not accept option '(?P<e>[^']+)'"
     r"|No action for (?:destination )?key \"?(?P<d>[\w.]+)"
 )
 
@@ -65,7 +67,7 @@ def suggest(message: str, known: list[str]) -> str:
     match = _UNKNOWN.search(message)
     if match is None:
         return ""
-    found = next(match[name] for name in ("a", "b", "c", "d") if match[name])
+    found = next(match[name] for name in ("a", "b", "c", "d", "e") if match[name])
     wanted = f"{match['group']}.{found}" if match["group"] else found
     last_parts = {key.rpartition(".")[2]: key for key in known}
     close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.7)
@@ -84,7 +86,8 @@ class RunConfig(SaveConfigCallback):
         """Writes ``config.yaml`` (fit) or ``config_<command>.yaml``."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / ("config.yaml" if stage == "fit" else f"config_{stage}.yaml")
+        name = getattr(stage, "value", stage)  # Lightning passes an enum, whose f-string is its Python name
+        path = folder / ("config.yaml" if name == "fit" else f"config_{name}.yaml")
         text = self.parser.dump(self.config, skip_none=False)
         if path.exists() and (earlier := path.read_text(encoding="utf-8")) != text:
             number = next(n for n in range(1, 10_000) if not path.with_suffix(f".{n}.yaml").exists())
@@ -111,12 +114,15 @@ class VLMCLI(LightningCLI):
             run=run,
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Keeps the config as the user gave it; LightningCLI would replace it by the checkpoint's hyperparameters."""
+
     def before_instantiate_classes(self) -> None:
         """Fills in what follows from something else in the config."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.data.processor is None:
             config.data.processor = config.model.model_id
-        config.trainer.logger = _usable_loggers(config.trainer.logger)
+        config.trainer.logger = _usable_loggers(config.trainer.logger, config.trainer.default_root_dir or ".")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds the prediction table and the throughput watcher unless configured."""
@@ -147,21 +153,26 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def _usable_loggers(loggers: Any) -> Any:
-    """Makes a configured WandbLogger work when nobody is logged in (offline) or wandb is absent (left out, said)."""
+def _usable_loggers(loggers: Any, folder: str) -> Any:
+    """Makes a configured WandbLogger work when nobody is logged in (offline) or wandb is absent (a CSV file instead)."""
     if not isinstance(loggers, list) and not hasattr(loggers, "class_path"):
         return loggers
     kept = []
     for logger in loggers if isinstance(loggers, list) else [loggers]:
-        if getattr(logger, "class_path", "").endswith("WandbLogger"):
-            if importlib.util.find_spec("wandb") is None:
-                rank_zero_info("wandb is not installed: the run is logged without it (pip install wandb)")
-                continue
+        if not getattr(logger, "class_path", "").endswith("WandbLogger"):
+            kept.append(logger)
+        elif importlib.util.find_spec("wandb") is None:
+            rank_zero_info("wandb is not installed: the run is logged without it (pip install wandb)")
+        else:
             if "WANDB_MODE" not in os.environ and not _logged_in_to_wandb():
                 rank_zero_info("nobody is logged in to W&B: the run is logged offline (wandb login; wandb sync)")
                 os.environ["WANDB_MODE"] = "offline"
-        kept.append(logger)
-    return kept or False
+            kept.append(logger)
+    if not kept:
+        rank_zero_info(f"the metrics go to CSV files under {folder}/metrics")
+        init_args = Namespace(save_dir=folder, name="metrics")
+        kept.append(Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=init_args))
+    return kept
 
 
 def _logged_in_to_wandb() -> bool:

@@ -20,6 +20,7 @@ from lightning_vlm.data.samplers import EpochPlan, SamplerName
 from lightning_vlm.data.sources import JsonlSource, open_sources
 from lightning_vlm.media.load import MediaPolicy
 from lightning_vlm.processing.processor import NemotronVLProcessor
+from lightning_vlm.schema import DataError
 
 _LATER = {
     "sampler": {"length_grouped": "shuffle", "token_budget": "shuffle"},
@@ -106,13 +107,21 @@ class VLMDataModule(L.LightningDataModule):
 
         Raises:
             ValueError: If none was named.
+            DataError: If it cannot be loaded.
         """
         if self._processor is None:
             raise ValueError(
                 "VLMDataModule has no processor; name one: processor='folder or repository', or pass a NemotronVLProcessor"
             )
         if not isinstance(self._processor, NemotronVLProcessor):
-            self._processor = NemotronVLProcessor.from_pretrained(self._processor)
+            try:
+                self._processor = NemotronVLProcessor.from_pretrained(self._processor)
+            except OSError as error:
+                raise DataError(
+                    f"processor {str(self._processor)!r}",
+                    "it is neither a folder with a saved processor nor a repository that can be reached",
+                    "correct data.processor (or model.model_id, which it follows)",
+                ) from error
         return self._processor
 
     def setup(self, stage: Stage | None = None) -> None:

@@ -1,10 +1,10 @@
 """Media size -> patch grid -> number of tokens: the one answer to "how long is this image?".
 
-Integer maths only, no tensors and no pixels, so a plan can be made from image headers alone. The processor resizes to
-exactly these grids and the model returns exactly these many rows; tests hold the three together.
+Integer maths only, no tensors and no pixels, so a plan can be made from image headers alone. The processor
+resizes to exactly these grids and the model returns exactly these many rows; tests hold the three together.
 
-Two modes, as in the released models: ``dynamic`` (Nemotron-3-Nano-Omni: one grid near the image's own size) and
-``static`` (Nemotron-Nano-12B-v2-VL: InternVL tiles of one size plus a thumbnail).
+Two modes, as in the released models: ``dynamic`` (Nemotron-3-Nano-Omni: one grid near the image's own size)
+and ``static`` (Nemotron-Nano-12B-v2-VL: InternVL tiles of one size plus a thumbnail).
 """
 
 from __future__ import annotations
@@ -51,12 +51,17 @@ class ImageGeometry:
         if self.mode not in ("dynamic", "static"):
             raise ValueError(f"geometry mode is {self.mode!r}; expected 'dynamic' or 'static'")
         if self.merge_size < 1 or self.patch_size < 1:
-            raise ValueError(f"patch_size ({self.patch_size}) and merge_size ({self.merge_size}) must be at least 1")
+            raise ValueError(
+                f"patch_size ({self.patch_size}) and merge_size ({self.merge_size}) must be at least 1"
+            )
         if self.max_num_patches < self.merge_size**2:
-            raise ValueError(f"max_num_patches ({self.max_num_patches}) is less than one token's {self.merge_size**2}")
+            raise ValueError(
+                f"max_num_patches ({self.max_num_patches}) is less than one token's {self.merge_size**2}"
+            )
         if self.min_num_patches > self.max_num_patches:
             raise ValueError(
-                f"min_num_patches ({self.min_num_patches}) is more than max_num_patches ({self.max_num_patches})"
+                f"min_num_patches ({self.min_num_patches}) is more than "
+                f"max_num_patches ({self.max_num_patches})"
             )
         if self.max_tiles < 1:
             raise ValueError(f"max_tiles is {self.max_tiles}; expected at least 1")
@@ -98,9 +103,10 @@ class ImageGeometry:
 def dynamic_grid(height: int, width: int, budget: int, geometry: ImageGeometry) -> Grid:
     """The grid that an image is resized to in dynamic mode.
 
-    Close to the image's own grid, scaled into ``[min_num_patches, budget]``, both sides multiples of ``merge_size``.
-    Source: Nemotron-3-Nano-Omni's image processor as shipped by transformers and vLLM; ``round(x + 0.5)`` keeps their
-    half-to-even rounding, which is part of the contract (64 x 32 pixels must give 276 tokens).
+    Close to the image's own grid, scaled into ``[min_num_patches, budget]``, both sides multiples of
+    ``merge_size``. Source: Nemotron-3-Nano-Omni's image processor as shipped by transformers and vLLM;
+    ``round(x + 0.5)`` keeps their half-to-even rounding, which is part of the contract (64 x 32 pixels must
+    give 276 tokens).
 
     Args:
         height: Image height, in pixels.
@@ -114,7 +120,7 @@ def dynamic_grid(height: int, width: int, budget: int, geometry: ImageGeometry) 
 
     scale = min(math.sqrt(budget / (rows * columns)), 1.0)
     rows, columns = math.floor(scale * rows), math.floor(scale * columns)
-    # The reference has no guard here: an extreme aspect ratio floors one side to zero patches and then divides by it.
+    # The reference has no guard here: an extreme aspect ratio floors one side to zero, then divides by it.
     rows, columns = max(rows, 1), max(columns, 1)
 
     if budget > minimum and rows * columns < minimum:
@@ -136,8 +142,8 @@ def fit_dynamic_grids(
 ) -> list[Grid]:
     """Grids of several images that share one context of ``max_tokens`` tokens.
 
-    The images are scaled down together, in proportion, until their sum fits or each is at the minimum (at most ten
-    rounds). Source: vLLM's nano_nemotron_vl; transformers does not scale across images.
+    The images are scaled down together, in proportion, until their sum fits or each is at the minimum (at
+    most ten rounds). Source: vLLM's nano_nemotron_vl; transformers does not scale across images.
 
     Args:
         sizes: (height, width) in pixels per image.
@@ -162,8 +168,8 @@ def fit_dynamic_grids(
 def tile_ratio(height: int, width: int, geometry: ImageGeometry) -> Grid:
     """Static mode: how many tiles (rows, columns) cover the image best.
 
-    The aspect ratio closest to the image's wins; on a tie the later (larger) one only if the image has more than half
-    of its area. Source: InternVL's preprocessing, as used by Nemotron-Nano-12B-v2-VL.
+    The aspect ratio closest to the image's wins; on a tie the later (larger) one only if the image has more
+    than half of its area. Source: InternVL's preprocessing, as used by Nemotron-Nano-12B-v2-VL.
 
     Args:
         height: Image height, in pixels.

@@ -1,14 +1,14 @@
 """The three contracts of the data path: Conversation -> Sample -> VLMBatch.
 
-Each stage hands exactly one of these to the next, so a stage can be read, tested or replaced alone. The trade-off is
-a little copying between plain dataclasses in exchange for shapes that are checked where they are made. The error
-that every room of the data path raises, `DataError`, lives here too: it always names the place.
+Each stage hands exactly one of these to the next, so a stage can be read, tested or replaced alone. The
+trade-off is a little copying between plain dataclasses in exchange for shapes that are checked where they are
+made. The error that every room of the data path raises, `DataError`, lives here too: it names the place.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Literal, Self
 
 import torch
@@ -47,7 +47,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image inside a turn, by reference: a path under the media root, a ``data:`` URI, or (if allowed) a URL."""
+    """An image inside a turn, by reference: path under the media root, ``data:`` URI, or allowed URL."""
 
     ref: str
 
@@ -75,7 +75,8 @@ class Conversation:
     Attributes:
         turns: The messages in order.
         source: ``file:line`` of the row; every error names it.
-        references: Accepted answers for scoring the last assistant turn; that turn's own text when the row names none.
+        references: Accepted answers for scoring the last assistant turn; that turn's own text when the row
+            names none.
     """
 
     turns: tuple[Turn, ...]
@@ -95,9 +96,12 @@ class Sample:
     Attributes:
         input_ids: ``(L,)`` int64.
         labels: ``(L,)`` int64, equal to ``input_ids`` where trained on and -100 elsewhere.
-        pixel_values: ``(num_patches, 3 * patch_size**2)``, uint8 pixels or normalised floats; ``None`` without images.
-        image_grid_hw: ``(num_images, 2)`` int64 patch grid (height, width) per image (per tile in static mode).
-        prompt_length: Number of leading tokens that a model is given before it answers the last assistant turn.
+        pixel_values: ``(num_patches, 3 * patch_size**2)``, uint8 pixels or normalised floats; ``None``
+            without images.
+        image_grid_hw: ``(num_images, 2)`` int64 patch grid (height, width) per image (per tile in static
+            mode).
+        prompt_length: Number of leading tokens that a model is given before it answers the last assistant
+            turn.
         prompt: That prompt as text, with one ``<image>`` per image: for people to read.
         references: Accepted answers.
         source: ``file:line`` of the row.
@@ -137,7 +141,7 @@ def count_label_tokens(labels: Tensor) -> int:
 class VLMBatch:
     """What a training or evaluation step receives.
 
-    With ``cu_seqlens`` the batch is one packed row ``(1, T)``; without it, ``B`` right-padded rows ``(B, T)``.
+    With ``cu_seqlens`` the batch is one packed row ``(1, T)``; without, ``B`` right-padded rows ``(B, T)``.
 
     Attributes:
         input_ids: ``(B, T)`` int64.
@@ -151,9 +155,11 @@ class VLMBatch:
         prompts: ``B`` prompts as text.
         references: ``B`` tuples of accepted answers.
         sources: ``B`` places, for error messages and prediction tables.
-        counted: ``(B,)`` bool; False for a stand-in row that only keeps ranks in step and must not be counted.
+        counted: ``(B,)`` bool; False for a stand-in row that only keeps ranks in step and must not be
+            counted.
         num_label_tokens: Label tokens in this micro-batch.
-        step_label_tokens: Label tokens in all micro-batches of this rank's optimizer step; the loader fills it in.
+        step_label_tokens: Label tokens in all micro-batches of this rank's optimizer step; the loader fills
+            it in.
     """
 
     input_ids: Tensor
@@ -185,7 +191,7 @@ class VLMBatch:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Moves every tensor, in place, and returns the batch (the call that Lightning makes on a custom batch)."""
+        """Moves every tensor, in place, and returns the batch (Lightning calls it on a custom batch)."""
         return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:

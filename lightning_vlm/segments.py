@@ -1,7 +1,7 @@
 """Document boundaries of a packed row: the only place that converts between their representations.
 
-`cu_seqlens` travels in the batch; everything else is derived from it: lengths, `seq_idx`, `position_ids`, and the
-dense mask that tests use as the plain truth. A zero-length document is legal and owns no tokens.
+`cu_seqlens` travels in the batch; everything else is derived from it: lengths, `seq_idx`, `position_ids`, and
+the dense mask that tests use as the plain truth. A zero-length document is legal and owns no tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 
-def cu_seqlens_from_lengths(lengths: Sequence[int] | Tensor, device: torch.device | str | None = None) -> Tensor:
+def cu_seqlens_from_lengths(
+    lengths: Sequence[int] | Tensor, device: torch.device | str | None = None
+) -> Tensor:
     """Cumulative document boundaries.
 
     Args:
@@ -70,9 +72,10 @@ def cu_seqlens_from_position_ids(position_ids: Tensor) -> Tensor:
 
 
 def document_mask(cu_seqlens: Tensor, causal: bool = True) -> Tensor:
-    """``(T, T)`` bool, True where a query (row) may see a key (column): the plain truth that tests compare with.
+    """``(T, T)`` bool, True where a query (row) may see a key (column).
 
-    It costs memory in the square of the row's length; no training path builds it.
+    The plain truth that tests compare with. It costs memory in the square of the row's length; no training
+    path builds it.
     """
     seq_idx = seq_idx_from_cu_seqlens(cu_seqlens)
     mask = seq_idx[:, None] == seq_idx[None, :]

@@ -1,4 +1,4 @@
-"""Geometry: the released models' own numbers, the rule restated naively, and that processor and model agree with it."""
+"""Geometry: the released models' own numbers, the rule restated naively, processor and model in agreement."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ class TestDynamicMode:
         ],
         ids=lambda value: str(value),
     )
-    def test_gives_the_released_models_numbers(self, width: int, height: int, tokens: int, grid: Grid) -> None:
+    def test_gives_the_released_models_numbers(
+        self, width: int, height: int, tokens: int, grid: Grid
+    ) -> None:
         assert OMNI.image_grids(height, width) == [grid]
         assert OMNI.num_image_tokens(height, width) == tokens
 
@@ -73,7 +75,9 @@ class TestDynamicMode:
             if theirs is not None:
                 assert dynamic_grid(height, width, budget, OMNI) == theirs, (height, width, budget)
                 compared += 1
-        assert compared > 4500  # the reference has no answer for a few extremes (measured: 4965 of 5000 compared)
+        assert (
+            compared > 4500
+        )  # the reference has no answer for a few extremes (measured: 4965 of 5000 compared)
 
     def test_reference_rule_has_an_answer_for_every_sane_image_at_the_released_budget(self) -> None:
         sane = [(h, w) for h, w in random_sizes(2000, largest=10_000, seed=2) if max(h / w, w / h) <= 64]
@@ -127,7 +131,9 @@ class TestDynamicMode:
             (100, 5, 0, 5120),
         ],
     )
-    def test_budget_is_what_the_context_leaves(self, max_model_len: int, images: int, text: int, budget: int) -> None:
+    def test_budget_is_what_the_context_leaves(
+        self, max_model_len: int, images: int, text: int, budget: int
+    ) -> None:
         assert ImageGeometry(max_model_len=max_model_len).image_budget(images, text) == budget
 
     @settings(max_examples=200, deadline=None)
@@ -142,7 +148,8 @@ class TestDynamicMode:
         grids = fit_dynamic_grids(sizes, OMNI, max_tokens, text_tokens)
         context = (max_tokens - text_tokens - 4) * 4
         assert len(grids) == len(sizes)
-        # A context too small for every image's minimum gets the minimum: the caller's length check refuses it.
+        # A context too small for every image's minimum gets the minimum: the caller's length check refuses
+        # it.
         assert sum(rows * columns for rows, columns in grids) <= max(context, 1024 * len(sizes))
         assert all(rows % 2 == columns % 2 == 0 and rows * columns >= 4 for rows, columns in grids)
 
@@ -234,7 +241,7 @@ class TestWrongNumbers:
 
 
 class TestThreeAgree:
-    """A size's number of tokens by geometry, by the processor's placeholders, and by rows of image features."""
+    """A size's number of tokens by geometry, by the processor's placeholders, by rows of image features."""
 
     @pytest.mark.parametrize(
         "options",
@@ -275,7 +282,9 @@ class TestThreeAgree:
     )
     def test_in_a_real_model(self, make_model: Callable[..., NemotronVL], options: dict) -> None:
         processor, model = tiny_processor(**options), make_model()
-        images = [Image.new("RGB", (width, height)) for height, width in random_sizes(30, largest=200, seed=6)]
+        images = [
+            Image.new("RGB", (width, height)) for height, width in random_sizes(30, largest=200, seed=6)
+        ]
         encoded = processor(text="<image>" * len(images), images=images, return_tensors="pt")
         with torch.no_grad():
             features, per_grid = model.get_image_features(encoded["pixel_values"], encoded["image_grid_hw"])
@@ -291,7 +300,7 @@ def placeholder_runs(input_ids: list[int], processor: NemotronVLProcessor) -> li
 
 
 def reference_grid(height: int, width: int, budget: int, minimum: int = 1024) -> Grid | None:
-    """The dynamic rule in the order of the spec's words; None where it divides by zero or leaves the budget."""
+    """The dynamic rule in the spec's order of words; None where it divides by zero or leaves the budget."""
     grid = [round(side / 16 + 0.5) for side in (height, width)]
     factor = min(math.sqrt(budget / (grid[0] * grid[1])), 1)
     grid = [int(factor * side) for side in grid]

@@ -207,6 +207,16 @@ def _to_image(patches: Tensor, grid: tuple[int, int]) -> Image.Image:
     return Image.fromarray(patches_to_pixels(patches, grid, patch_size).permute(1, 2, 0).contiguous().numpy())
 
 
+def _side_by_side(images: tuple[Image.Image, ...]) -> Image.Image:
+    """One picture of several: a W&B table shows one image per cell."""
+    sheet = Image.new("RGB", (sum(image.width + 4 for image in images) - 4, max(image.height for image in images)))
+    left = 0
+    for image in images:
+        sheet.paste(image, (left, 0))
+        left += image.width + 4
+    return sheet
+
+
 def _data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
@@ -234,7 +244,7 @@ def _log_wandb_table(logger: WandbLogger, rows: list[Prediction], split: str, st
         [
             step,
             row.source,
-            [wandb.Image(image) for image in row.images] or None,
+            wandb.Image(_side_by_side(row.images)) if row.images else None,
             row.prompt,
             " | ".join(row.references),
             row.answer,

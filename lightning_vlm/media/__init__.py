@@ -1,1 +1,1 @@
-"""Bytes -> pixels: finding media safely, decoding them, cutting them into patches. Pure functions, no state."""
+"""Bytes -> pixels: finding media safely, decoding, cutting into patches. Pure functions, no state."""

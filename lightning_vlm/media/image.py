@@ -1,8 +1,8 @@
 """Anything that holds an image -> RGB -> patches of the grids that `geometry` names, and back.
 
-The default path resizes with Pillow and keeps uint8 (a quarter of the memory and transfer of float32; the model
-normalises on its device). It clamps the bicubic overshoot that a float resize keeps; ``as_float`` is that exact float
-path, equal to transformers' torchvision backend, for parity tests and for users who want it.
+The default path resizes with Pillow and keeps uint8 (a quarter of the memory and transfer of float32; the
+model normalises on its device). It clamps the bicubic overshoot that a float resize keeps; ``as_float`` is
+that exact float path, equal to transformers' torchvision backend, for parity tests and for users who want it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from lightning_vlm.geometry import Grid, ImageGeometry, tile_boxes, tile_ratio
 
 
 def to_rgb(image: Any) -> Image.Image:
-    """A PIL image, numpy array or tensor as an RGB PIL image; 16-bit greys are scaled, transparency is dropped.
+    """A PIL image, numpy array or tensor as an RGB PIL image.
+
+    16-bit greys are scaled, transparency is dropped.
 
     Args:
-        image: A PIL image, or ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)``, ``(H, W, 4)``, ``(1, H, W)`` or ``(3, H, W)``
-            pixels in 0..255.
+        image: A PIL image, or pixels in 0..255 of shape ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)``,
+            ``(H, W, 4)``, ``(1, H, W)`` or ``(3, H, W)``.
 
     Raises:
         ValueError: If an array's shape or value range is not an image's.
@@ -41,8 +43,10 @@ def to_rgb(image: Any) -> Image.Image:
         raise ValueError(f"an image array has shape {array.shape}; expected (H, W), (H, W, 3) or (3, H, W)")
     if array.dtype != np.uint8:
         low, high = (array.min(), array.max()) if array.size else (0, 0)
-        if not (0 <= low and high <= 255) or 0 < high <= 1:  # written so that NaN fails
-            raise ValueError(f"an image array of {array.dtype} spans {low}..{high}; expected pixels in 0..255")
+        if not (low >= 0 and high <= 255) or 0 < high <= 1:  # written so that NaN fails
+            raise ValueError(
+                f"an image array of {array.dtype} spans {low}..{high}; expected pixels in 0..255"
+            )
         array = array.round().astype(np.uint8)
     return Image.fromarray(array).convert("RGB")
 
@@ -59,8 +63,8 @@ def image_to_patches(
         as_float: Resize in float32 without clamping instead of in uint8.
 
     Returns:
-        ``(num_patches, 3 * patch_size**2)`` patches, row-major, each laid out (channel, row, column), uint8 or float32,
-        both in 0..255; and the grid of each tile.
+        ``(num_patches, 3 * patch_size**2)`` patches, row-major, each laid out (channel, row, column), uint8
+        or float32, both in 0..255; and the grid of each tile.
     """
     size = geometry.patch_size
     if geometry.mode == "dynamic":

@@ -1,8 +1,8 @@
 """From a reference in a row to a decoded RGB image, safely.
 
-A row is untrusted input: paths stay under the media root (links resolved), sizes are checked from the header before
-anything is decoded, URLs are refused unless the user allowed them. Whatever fails becomes a `MediaError` that names the
-row; nothing is replaced or skipped here.
+A row is untrusted input: paths stay under the media root (links resolved), sizes are checked from the header
+before anything is decoded, URLs are refused unless the user allowed them. Whatever fails becomes a
+`MediaError` that names the row; nothing is replaced or skipped here.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def load_image(ref: str, policy: MediaPolicy, source: str) -> Image.Image:
         source: ``file:line`` of the row, for the error.
 
     Raises:
-        MediaError: If the image is missing, outside the media root, unreadable, too large, or a URL that is not allowed.
+        MediaError: If the image is missing, outside the media root, unreadable, too large, or a URL that is
+            not allowed.
     """
     with _opened(ref, policy, source) as image:
         return to_rgb(ImageOps.exif_transpose(image))
@@ -100,7 +101,7 @@ def open_media(ref: str, policy: MediaPolicy, source: str) -> Path | io.BytesIO:
     if scheme and "://" in ref:
         raise MediaError(
             source,
-            f"media reference {_short(ref)!r} has the scheme {scheme!r}, expected a path under the media root",
+            f"image {_short(ref)!r} has the scheme {scheme!r}, expected a path under the media root",
             "copy the file under the media root and name it by a relative path",
         )
     return resolve_path(ref, policy, source)
@@ -119,15 +120,18 @@ def resolve_path(ref: str, policy: MediaPolicy, source: str) -> Path:
     """
     root = policy.media_root.resolve()
     if not ref or "\x00" in ref:
-        raise MediaError(source, f"image path is {_short(ref)!r}, expected a file name", "name the image file")
+        raise MediaError(
+            source, f"image path is {_short(ref)!r}, expected a file name", "name the image file"
+        )
     name, place = repr(_short(ref)), f"the media root {str(policy.media_root)!r}"
     try:
         path = (root / ref).resolve()
         found = "" if path.is_file() else "is a folder" if path.is_dir() else "does not exist"
-    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, characters of no file system
+    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, impossible characters
         raise MediaError(
             source,
-            f"image path {name} cannot be looked up ({_reason(error)}), expected the name of a file under {place}",
+            f"image path {name} cannot be looked up ({_reason(error)}), "
+            f"expected the name of a file under {place}",
             "correct the path in the row",
         ) from error
     if not path.is_relative_to(root):
@@ -155,7 +159,7 @@ def _opened(ref: str, policy: MediaPolicy, source: str) -> Iterator[Image.Image]
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             with Image.open(content) as image:
-                # Pillow keeps the orientation that is read here, so both callers see the header's, never a later one.
+                # Pillow keeps the orientation that is read here: both callers see the header's, no later one.
                 height, width = _upright_size(image)
                 _check_pixels(width, height, policy, name, source)
                 yield image
@@ -166,7 +170,8 @@ def _opened(ref: str, policy: MediaPolicy, source: str) -> Iterator[Image.Image]
         except Exception as error:  # Pillow's decoders raise almost any kind for a damaged file
             raise MediaError(
                 source,
-                f"image {name!r} cannot be decoded ({_reason(error)}), expected a complete image that Pillow can read",
+                f"image {name!r} cannot be decoded ({_reason(error)}), "
+                "expected a complete image that Pillow can read",
                 "replace the file or remove the row",
             ) from error
 
@@ -174,7 +179,7 @@ def _opened(ref: str, policy: MediaPolicy, source: str) -> Iterator[Image.Image]
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) after rotation, decoding nothing."""
     if (tags := getattr(image, "tag_v2", None)) is not None:
-        # A TIFF: Pillow turns it while decoding, and whether its size is turned before that depends on the version.
+        # A TIFF: Pillow turns it while decoding; whether its size is turned before depends on the version.
         width, height, orientation = tags[_WIDTH_TAG], tags[_HEIGHT_TAG], tags.get(_ORIENTATION_TAG)
     else:
         # The base class's method: PNG's own decodes the whole image to look for EXIF data behind the pixels.
@@ -213,7 +218,8 @@ def _decode_data_uri(ref: str, source: str) -> io.BytesIO:
     except (ValueError, binascii.Error) as error:
         raise MediaError(
             source,
-            f"data URI {_short(ref)!r} cannot be decoded ({_reason(error)}), expected 'data:image/...;base64,...'",
+            f"data URI {_short(ref)!r} cannot be decoded ({_reason(error)}), "
+            "expected 'data:image/...;base64,...'",
             "encode the image as base64 or name a file",
         ) from error
 
@@ -231,13 +237,14 @@ def _download(ref: str, policy: MediaPolicy, source: str) -> io.BytesIO:
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise MediaError(
             source,
-            f"image {_short(ref)!r} cannot be downloaded ({_reason(error)}), expected an image at that address",
+            f"image {_short(ref)!r} cannot be downloaded ({_reason(error)}), "
+            "expected an image at that address",
             "check the URL or use a local file",
         ) from error
     if len(content) > _MAX_DOWNLOAD_BYTES:
         raise MediaError(
             source,
-            f"image {_short(ref)!r} is a larger download than expected, at most {_MAX_DOWNLOAD_BYTES:,} bytes",
+            f"image {_short(ref)!r} has more than {_MAX_DOWNLOAD_BYTES:,} bytes, expected at most as many",
             "download and shrink it, then name the local file",
         )
     return io.BytesIO(content)

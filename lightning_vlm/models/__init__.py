@@ -1,1 +1,1 @@
-"""The network: RADIO tower -> pixel shuffle -> projector -> fusion -> hybrid language model. Single device, no training."""
+"""The network: RADIO tower -> pixel shuffle -> projector -> fusion -> hybrid language model; no training."""

@@ -1,7 +1,7 @@
 """NemotronVLConfig: one config for the released family and for tiny models of the same architecture.
 
-The parts keep transformers' own configs (`RadioConfig`, `NemotronHConfig`); here stand only the numbers that join them.
-The released config.json names (``llm_config``, ``img_context_token_id``...) are accepted and mapped.
+The parts keep transformers' own configs (`RadioConfig`, `NemotronHConfig`); here stand only the numbers that
+join them. The released config.json names (``llm_config``, ``img_context_token_id``...) are accepted.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class NemotronVLConfig(PretrainedConfig):
         Args:
             vocab_size: Rows of the embedding.
             image_token_id: Placeholder id.
-            pattern: Layers of the language model: ``M`` Mamba2, ``*`` attention, ``-`` MLP, ``E`` mixture of experts.
+            pattern: Layers of the language model: ``M`` Mamba2, ``*`` attention, ``-`` MLP, ``E`` mixture
+                of experts.
             hidden_size: Width of the language model.
             vision_hidden_size: Width of the tower.
             vision_layers: Blocks of the tower.
@@ -149,7 +150,8 @@ class NemotronVLConfig(PretrainedConfig):
             raise ValueError(f"ps_version is {self.ps_version!r}; expected 'v1' or 'v2'")
         if self.image_token_id is not None and self.image_token_id >= self.text_config.vocab_size:
             raise ValueError(
-                f"image_token_id is {self.image_token_id} but the vocabulary has {self.text_config.vocab_size} rows"
+                f"image_token_id is {self.image_token_id} but the vocabulary has "
+                f"{self.text_config.vocab_size} rows"
             )
 
 

@@ -1,7 +1,7 @@
 """Image features into the text: each placeholder token receives one feature, in reading order.
 
-A mismatch is an error that names both numbers and the row, never a warning: a truncated or shifted feature would train
-every following image on the wrong picture.
+A mismatch is an error that names both numbers and the row, never a warning: a truncated or shifted feature
+would train every following image on the wrong picture.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def fuse(
 def images_per_row(is_placeholder: Tensor, tokens_per_image: list[int]) -> list[int]:
     """How many images each row has: as many of the next ones as its placeholders hold.
 
-    Equal totals are not enough: a row with one placeholder too few and a next row with one too many would shift every
-    feature between them.
+    Equal totals are not enough: a row with one placeholder too few and a next row with one too many would
+    shift every feature between them.
 
     Args:
         is_placeholder: ``(B, T)`` bool.
@@ -75,10 +75,11 @@ def images_per_row(is_placeholder: Tensor, tokens_per_image: list[int]) -> list[
 def _mismatch(per_row: list[int], tokens_per_image: list[int], row: int | None) -> FusionError:
     where = "the batch" if row is None else f"row {row}"
     found = sum(per_row) if row is None else per_row[row]
+    sizes = ", ".join(map(str, tokens_per_image[:8])) + (", ..." if len(tokens_per_image) > 8 else "")
     return FusionError(
-        f"{where} has {found} image placeholder tokens that do not match the images: the batch has {sum(per_row)} "
-        f"placeholders and {sum(tokens_per_image)} features of {len(tokens_per_image)} image(s) "
-        f"({', '.join(map(str, tokens_per_image[:8]))}{', ...' if len(tokens_per_image) > 8 else ''}); "
+        f"{where} has {found} image placeholder tokens that do not match the images: the batch has "
+        f"{sum(per_row)} placeholders and {sum(tokens_per_image)} features of "
+        f"{len(tokens_per_image)} image(s) ({sizes}); "
         "prepare text and images with one processor, and cut no text inside an image",
         row,
     )

@@ -4,8 +4,9 @@
                                                           v
     input_ids ----------> embedding ------------------> fusion -> hybrid LM -> logits or loss
 
-Both networks are transformers' own; here is only what joins them. The attribute names are those of transformers'
-`NemotronH_Omni_Reasoning_V3`, so its state dict loads as it is, and the checkpoint key names are the released ones.
+Both networks are transformers' own; here is only what joins them. The attribute names are those of
+transformers' `NemotronH_Omni_Reasoning_V3`, so its state dict loads as it is, and the checkpoint key names
+are the released ones.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class PixelNorm(nn.Module):
         self.mean, self.std = tuple(mean), tuple(std)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """``(num_patches, 3 * patch_size**2)`` pixels in 0..255 (uint8) or normalised floats -> normalised floats."""
+        """``(num_patches, 3 * patch_size**2)`` uint8 pixels or normalised floats -> normalised floats."""
         if pixel_values.is_floating_point():
             return pixel_values
         mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=pixel_values.device)
@@ -111,7 +112,8 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         """Images as language-model tokens.
 
         Args:
-            pixel_values: ``(num_patches, 3 * patch_size**2)``, all images concatenated; uint8 pixels or normalised floats.
+            pixel_values: ``(num_patches, 3 * patch_size**2)``, all images concatenated; uint8 pixels or
+                normalised floats.
             image_grid_hw: ``(num_images, 2)`` patch grid of each image.
 
         Returns:
@@ -157,7 +159,8 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: ``(B, T)``; image placeholders are ``config.image_token_id``.
             attention_mask: ``(B, T)``, 1 for tokens and 0 for padding.
-            cu_seqlens: Boundaries of a packed row. Not accepted yet: packing needs Mamba layers that reset their state.
+            cu_seqlens: Boundaries of a packed row. Not accepted yet: packing needs Mamba layers that reset
+                their state.
             pixel_values: ``(num_patches, 3 * patch_size**2)``, images in reading order over the rows.
             image_grid_hw: ``(num_images, 2)``.
             position_ids: ``(B, T)``; the language model has no positional encoding, they only shape masks.
@@ -171,7 +174,8 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             **kwargs: Passed to the language model.
 
         Returns:
-            ``loss`` (float32 scalar, if ``labels``), ``logits`` ``(B, T, V)`` float32 (unless skipped), cache.
+            ``loss`` (float32 scalar, if ``labels``), ``logits`` ``(B, T, V)`` float32 (unless skipped),
+            cache.
 
         Raises:
             FusionError: If placeholders and image features differ in number.
@@ -179,8 +183,8 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         """
         if cu_seqlens is not None:
             raise NotImplementedError(
-                "cu_seqlens (a packed row) is not supported yet: Mamba layers would carry state across documents; "
-                "pass a padded batch with attention_mask"
+                "cu_seqlens (a packed row) is not supported yet: Mamba layers would carry state across "
+                "documents; pass a padded batch with attention_mask"
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -229,12 +233,12 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        # Beams, or several answers per prompt. transformers' own would repeat single patches instead of a row's images.
+        # Beams, or several answers per prompt: transformers' own would repeat patches, not a row's images.
         images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_hw")}
         if expand_size > 1 and images["pixel_values"] is not None and input_ids is not None:
             patches, grids = images["pixel_values"], images["image_grid_hw"]
             tokens_per_image = (grids.prod(-1) // self.config.merge_size**2).tolist()
-            is_placeholder = input_ids == self.config.image_token_id
+            is_placeholder = self._is_placeholder(input_ids)
             rows = torch.arange(len(grids)).split(images_per_row(is_placeholder, tokens_per_image))
             order = torch.cat([row.repeat(expand_size) for row in rows])
             split = patches.split(grids.prod(-1).tolist())
@@ -247,6 +251,10 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         )
         return input_ids, model_kwargs | images
 
+    def _is_placeholder(self, input_ids: Tensor) -> Tensor:
+        token = self.config.image_token_id
+        return torch.zeros_like(input_ids, dtype=torch.bool) if token is None else torch.eq(input_ids, token)
+
     def _with_images(
         self,
         inputs_embeds: Tensor,
@@ -254,7 +262,7 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None,
         grids: Tensor | None,
     ) -> Tensor:
-        is_placeholder = None if input_ids is None else input_ids == self.config.image_token_id
+        is_placeholder = None if input_ids is None else self._is_placeholder(input_ids)
         if pixel_values is not None:
             if is_placeholder is None or grids is None:
                 raise FusionError(
@@ -270,7 +278,8 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         ):
             row = int(is_placeholder.any(-1).nonzero()[0])
             raise FusionError(
-                f"row {row} has {int(is_placeholder[row].sum())} image placeholder tokens and no image was given",
+                f"row {row} has {int(is_placeholder[row].sum())} image placeholder tokens "
+                "and no image was given",
                 row,
             )
         if self.training and torch.is_grad_enabled():
@@ -280,8 +289,8 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
     def _absent_image(self, like: Tensor) -> Tensor:
         """A zero that depends on every vision parameter.
 
-        A text-only batch must reach the tower too, or data-parallel ranks with images would wait for it forever. It
-        stays outside the token sequence, where a Mamba state would see it.
+        A text-only batch must reach the tower too, or data-parallel ranks with images would wait for it
+        forever. It stays outside the token sequence, where a Mamba state would see it.
         """
         merge, patch_dim = self.config.merge_size, self.config.vision_config.patch_dim
         blank = torch.zeros(merge**2, patch_dim, dtype=torch.uint8, device=like.device)

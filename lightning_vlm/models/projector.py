@@ -16,8 +16,9 @@ PROJECTOR_NORM_EPS = 1e-5
 def pixel_shuffle(features: Tensor, merge_size: int, version: str = "v2") -> Tensor:
     """Merges each ``merge_size`` x ``merge_size`` block of patches into one token.
 
-    In ``v2`` token (Y, X) is row-major over the merged grid and its channels are the block's patches, row by row,
-    concatenated. ``v1`` (early InternVL) leaves out the last transpose: the same tokens in column-major order.
+    In ``v2`` token (Y, X) is row-major over the merged grid and its channels are the block's patches, row by
+    row, concatenated. ``v1`` (early InternVL) leaves out the last transpose: the same tokens in column-major
+    order.
 
     Args:
         features: ``(rows, columns, C)`` of one image.

@@ -1,8 +1,8 @@
 """Next-token cross entropy that never holds vocabulary-sized logits for tokens without a label.
 
-`linear_cross_entropy` drops unlabelled tokens before the head and takes the rest in chunks, each recomputed in the
-backward pass: memory is one chunk of logits instead of all of them, for one extra head matmul. `naive_cross_entropy`
-is the plain truth that tests compare it with.
+`linear_cross_entropy` drops unlabelled tokens before the head and takes the rest in chunks, each recomputed
+in the backward pass: memory is one chunk of logits instead of all of them, for one extra head matmul.
+`naive_cross_entropy` is the plain truth that tests compare it with.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def linear_cross_entropy(
     labelled = targets != IGNORE_INDEX
     hidden, targets = hidden[labelled], targets[labelled]
     if not targets.numel():
-        # A constant would leave parameters without a gradient, on which distributed training hangs: run the head on no rows.
+        # Runs the head on no rows: a constant would leave parameters without a gradient, on which distributed
+        # training hangs.
         return head(hidden).float().sum()
     total = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, targets.numel(), chunk_tokens):

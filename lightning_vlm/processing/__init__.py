@@ -1,1 +1,1 @@
-"""Conversation + pixels -> Sample: chat rendering, labels, image patches. One encoder per processor family."""
+"""Conversation + pixels -> Sample: chat rendering, labels, image patches. One encoder per family."""

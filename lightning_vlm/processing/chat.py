@@ -1,12 +1,13 @@
 """Conversation -> rendered turns, with the trained spans known by construction.
 
-The chat template belongs to the tokenizer and is a black box. To learn which characters of its output come from which
-turn, the conversation is also rendered with marker strings in place of the contents; what stands between two markers
-is the template's, what replaces a marker is the turn's. No text is ever searched for inside a user's content, so a
-short answer that also occurs in the question cannot be mistaken for it. It costs one small rendering per turn.
+The chat template belongs to the tokenizer and is a black box. To learn which characters of its output come
+from which turn, the conversation is also rendered with marker strings in place of the contents; what stands
+between two markers is the template's, what replaces a marker is the turn's. No text is ever searched for
+inside a user's content, so a short answer that also occurs in the question cannot be mistaken for it. It
+costs a few small renderings per turn.
 
-Trained is what the model must produce: each assistant turn after the prompt that it is given at inference, up to and
-including its end token. Nothing else.
+Trained is what the model must produce: each assistant turn after the prompt that it is given at inference, up
+to and including its end token. Nothing else.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def to_messages(conversation: Conversation, image_token: str) -> list[Message]:
             if isinstance(part, Text) and image_token in part.text:
                 raise DataError(
                     conversation.source,
-                    f"the text of turn {number} ({turn.role}) contains {image_token!r}, which stands for an image",
+                    f"the text of turn {number} ({turn.role}) contains {image_token!r}, "
+                    "which stands for an image",
                     "give the row one image per placeholder, or write the word differently",
                 )
         content = "".join(part.text if isinstance(part, Text) else image_token for part in turn.parts)
@@ -73,7 +75,8 @@ def render_turns(
         Untrained and trained spans in order; each trained span is one assistant turn with its end token.
 
     Raises:
-        DataError: If the template refuses the conversation, leaves out a turn, or ends a turn without an end token.
+        DataError: If the template refuses the conversation, leaves out a turn, or ends a turn without an end
+            token.
     """
     render = _renderer(tokenizer, source, template_kwargs)
     full = render(messages)
@@ -83,28 +86,23 @@ def render_turns(
 
     spans: list[Span] = []
     untrained = ""
-    start = length = 0  # where this turn begins in the full text, and how long it is
+    start = 0  # where this turn begins in the full text
     end_of_previous = 0  # characters of the gap before this turn that the previous turn's end token took
     for index, message in enumerate(messages):
-        start += length
         one_real = [*marked[:index], message, *marked[index + 1 :]]
         between = _between(render(one_real), markers, index, source)
         if not between.endswith(gaps[index + 1]):
             raise _coupled(source, index)
-        length = len(between) - len(gaps[index + 1])
-        turn = between[:length]  # the template's header, then the content
+        turn = between[: len(between) - len(gaps[index + 1])]  # the template's header, then the content
+        before, start = full[:start], start + len(turn)
         if message["role"] != "assistant":
             untrained += turn[end_of_previous:]
             end_of_previous = 0
             continue
-        # The prompt of the real turns, because they can choose its end (/no_think in the 12B model's template).
-        prompt = render(messages[:index], add_generation_prompt=True)
-        if prompt.startswith(full[:start]):
-            prompt = prompt[start:]
-        else:  # the earlier turns read differently before this one is there: their thinking is not cut yet
-            prompt = _after_last_marker(render(marked[:index], add_generation_prompt=True), markers, index)
-        header = prompt if turn.startswith(prompt) else _common_start(prompt, gaps[index], turn)
-        end = _end_of_turn(gaps[index + 1], tokenizer, source)
+        header = _header(render, messages[:index], marked[:index], before, gaps[index], turn)
+        # What closes the turn as the last one: the next turn's first token must not pass for its end.
+        closing = render(marked[: index + 1]).partition(markers[index])[2]
+        end = _end_of_turn(_common_start(gaps[index + 1], closing), tokenizer, source)
         spans.append(Span(untrained + header[end_of_previous:], trained=False))
         spans.append(Span(turn[len(header) :] + gaps[index + 1][:end], trained=True))
         untrained, end_of_previous = "", end
@@ -140,13 +138,17 @@ def _renderer(tokenizer: Any, source: str, template_kwargs: dict[str, Any] | Non
     def render(messages: list[Message], add_generation_prompt: bool = False) -> str:
         try:
             return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **(template_kwargs or {})
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **(template_kwargs or {}),
             )
         except Exception as error:  # Jinja raises what the template's author chose
             roles = ", ".join(message["role"] for message in messages)
+            reason = " ".join(str(error).split()).rstrip(".")
             raise DataError(
                 source,
-                f"the chat template refuses the turns ({roles}): {error}",
+                f"the chat template refuses the turns ({roles}): {reason}",
                 "change the order of the roles or the tokenizer's chat_template",
             ) from error
 
@@ -182,8 +184,19 @@ def _between(rendered: str, markers: list[str], index: int, source: str) -> str:
     return rendered
 
 
-def _after_last_marker(rendered: str, markers: list[str], index: int) -> str:
-    return rendered.partition(markers[index - 1])[2] if index > 0 else rendered
+def _header(
+    render: Render, earlier: list[Message], marked: list[Message], before: str, gap: str, turn: str
+) -> str:
+    """The start of an assistant turn that the model is given at inference."""
+    if not earlier:  # nothing is asked before the first turn, and transformers renders no empty conversation
+        prompt = gap
+    else:  # of the real turns, because they can choose its end (/no_think in the 12B model's template)
+        prompt = render(earlier, add_generation_prompt=True)
+        if prompt.startswith(before):
+            prompt = prompt[len(before) :]
+        else:  # the earlier turns read differently before this one is there: their thinking is not cut yet
+            prompt = render(marked, add_generation_prompt=True).partition(marked[-1]["content"])[2]
+    return prompt if turn.startswith(prompt) else _common_start(prompt, gap, turn)
 
 
 def _common_start(*texts: str) -> str:
@@ -202,7 +215,8 @@ def _end_of_turn(gap: str, tokenizer: Any, source: str) -> int:
     if not ends:
         raise DataError(
             source,
-            f"the chat template ends an assistant turn with {gap[:40]!r}, expected a special token to stop at",
+            f"the chat template ends an assistant turn with {gap[:40]!r}, "
+            "expected a special token to stop at",
             "add an end-of-turn token to the tokenizer and its chat_template",
         )
     return min(ends, key=lambda end: (end[0], -end[1]))[1]
@@ -217,7 +231,7 @@ def special_tokens(tokenizer: Any) -> set[str]:
 def _coupled(source: str, index: int) -> DataError:
     return DataError(
         source,
-        f"the chat template renders turn {index + 1} differently depending on what other turns say, so the trained "
-        "tokens cannot be told apart",
+        f"the chat template renders turn {index + 1} differently depending on what other turns say, "
+        "so the trained tokens cannot be told apart",
         "shorten the conversation before that turn or change the tokenizer's chat_template",
     )

@@ -1,7 +1,8 @@
 """The transformers image processor of the family: PIL images in, packed patches and their grids out.
 
-Pillow only, so it installs anywhere; by default it leaves pixels in uint8 and lets the model normalise on its device.
-``do_normalize=True`` gives the float path instead: resized without clamping and normalised, as transformers does it.
+Pillow only, so it installs anywhere; by default it leaves pixels in uint8 and lets the model normalise on its
+device. ``do_normalize=True`` gives the float path instead: resized without clamping and normalised, as
+transformers does it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class NemotronVLImageProcessor(PilBackend):
         use_thumbnail: See `ImageGeometry`.
         do_normalize: Return normalised float32 patches instead of uint8 ones.
         image_mean: Per-channel mean for ``do_normalize`` (released configs call it ``norm_mean``).
-        image_std: Per-channel standard deviation for ``do_normalize`` (released configs call it ``norm_std``).
+        image_std: Per-channel standard deviation for ``do_normalize`` (released configs call it
+            ``norm_std``).
     """
 
     valid_kwargs = NemotronVLImageKwargs
@@ -86,7 +88,8 @@ class NemotronVLImageProcessor(PilBackend):
         """The geometry with any constructor arguments replaced."""
         options = {**vars(self), **overrides}
         return ImageGeometry(
-            merge_size=round(1 / options["downsample_ratio"]), **{name: options[name] for name in _GEOMETRY_NAMES}
+            merge_size=round(1 / options["downsample_ratio"]),
+            **{name: options[name] for name in _GEOMETRY_NAMES},
         )
 
     def patchify(self, images: list[Image.Image], **overrides: Any) -> tuple[Tensor, list[list[Grid]]]:
@@ -97,8 +100,8 @@ class NemotronVLImageProcessor(PilBackend):
             **overrides: Any constructor argument, for this call only.
 
         Returns:
-            ``(num_patches, 3 * patch_size**2)`` patches, uint8 pixels or normalised float32; and per image the grids of
-            its tiles (one grid in dynamic mode).
+            ``(num_patches, 3 * patch_size**2)`` patches, uint8 pixels or normalised float32; and per image
+            the grids of its tiles (one grid in dynamic mode).
         """
         options = {**vars(self), **overrides}
         geometry, as_float = self.geometry_with(**overrides), bool(options["do_normalize"])
@@ -118,5 +121,5 @@ class NemotronVLImageProcessor(PilBackend):
         return BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
 
 
-# Named alike here and in `ImageGeometry`; only merge_size is told by downsample_ratio, as released configs do.
+# Named alike here and in `ImageGeometry`; merge_size alone follows from downsample_ratio, a released name.
 _GEOMETRY_NAMES = tuple(field.name for field in fields(ImageGeometry) if field.name != "merge_size")

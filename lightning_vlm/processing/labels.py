@@ -1,7 +1,7 @@
 """Rendered spans -> input_ids and labels. This is where labels are made.
 
-The joined text is tokenised once, exactly as at inference, and a token is trained on iff it holds a character of a
-trained span. Labels are aligned with the input; the model shifts them.
+The joined text is tokenised once, exactly as at inference, and a token is trained on iff it holds a character
+of a trained span. Labels are aligned with the input; the model shifts them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def tokenize_spans(tokenizer: Any, spans: Sequence[Span]) -> tuple[Tensor, Tenso
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"{type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer (tokenizer.json)"
+            f"{type(tokenizer).__name__} gives no character offsets; "
+            "expected a fast tokenizer (tokenizer.json)"
         )
     text = "".join(span.text for span in spans)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

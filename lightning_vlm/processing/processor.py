@@ -1,8 +1,8 @@
 """NemotronVLProcessor: the tokenizer and the image processor of the family as one transformers processor.
 
-Two doors. ``processor(text=..., images=...)`` is what any transformers user calls for inference; ``processor.encode``
-turns a Conversation into a training Sample. Both expand images by the same function, so what is trained is what is
-served.
+Two doors. ``processor(text=..., images=...)`` is what any transformers user calls for inference;
+``processor.encode`` turns a Conversation into a training Sample. Both expand images by the same function, so
+what is trained is what is served.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class NemotronVLProcessor(ProcessorMixin):
         image_processor: Resizes and cuts images.
         tokenizer: A fast tokenizer with a chat template and the tokens below.
         chat_template: Replaces the tokenizer's own template.
-        image_token: Placeholder; one per projected feature after expansion. Always resolved by its text, because
-            released revisions give it different ids.
+        image_token: Placeholder; one per projected feature after expansion. Always resolved by its text,
+            because released revisions give it different ids.
         image_start_token: Opens each image's run of placeholders.
         image_end_token: Closes it.
 
@@ -63,7 +63,7 @@ class NemotronVLProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Loads tokenizer and image processor from a folder (or, if the hub may be reached, a repository name).
+        """Loads tokenizer and image processor from a folder or, if the hub may be reached, a repository.
 
         Args:
             pretrained_model_name_or_path: Folder or repository name.
@@ -98,8 +98,8 @@ class NemotronVLProcessor(ProcessorMixin):
             **kwargs: Tokenizer options (``padding``, ``return_tensors``...) and image options.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, and with images ``pixel_values`` ``(num_patches, 3 * patch_size**2)``
-            and ``image_grid_hw`` ``(num_images, 2)``.
+            ``input_ids`` and ``attention_mask``, and with images ``image_grid_hw`` ``(num_images, 2)`` and
+            ``pixel_values`` ``(num_patches, 3 * patch_size**2)``.
 
         Raises:
             ValueError: If texts and images do not match, with both counts.
@@ -137,7 +137,8 @@ class NemotronVLProcessor(ProcessorMixin):
         Args:
             conversation: The conversation.
             images: Its decoded images, in reading order.
-            answer: The model is to answer: the conversation ends with a generation prompt and nothing is trained on.
+            answer: The model is to answer: the conversation ends with a generation prompt and nothing is
+                trained on.
             template_kwargs: Extra chat-template variables.
 
         Returns:
@@ -148,7 +149,7 @@ class NemotronVLProcessor(ProcessorMixin):
         """
         source = conversation.source
         messages = to_messages(conversation, self.image_token)
-        if isinstance(self.chat_template, str):  # may have been replaced; a dict of named ones is the tokenizer's
+        if isinstance(self.chat_template, str):  # it may not be the tokenizer's; a dict of named ones is
             template_kwargs = {"chat_template": self.chat_template, **(template_kwargs or {})}
         if answer:
             spans = [Span(render_prompt(self.tokenizer, messages, source, template_kwargs), trained=False)]
@@ -190,7 +191,7 @@ class NemotronVLProcessor(ProcessorMixin):
         )
 
     def _expand(self, text: str, counts: Iterator[int]) -> str:
-        """Replaces each placeholder by its image's run: start, one placeholder per token of all its tiles, end."""
+        """Replaces each placeholder by its image's run: start, one per token of all its tiles, end."""
         first, *rest = text.split(self.image_token)
         runs = (self.image_start_token + self.image_token * next(counts) + self.image_end_token for _ in rest)
         return first + "".join(run + piece for run, piece in zip(runs, rest))
@@ -210,7 +211,7 @@ def _pop_image_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _image_counts(texts: list[str], images: Any, given: int, image_token: str) -> list[tuple[int, int]]:
-    """(placeholders, images) that must agree: per text where the images come as one list per text, else in all."""
+    """(placeholders, images) that must agree: per text if images come as one list per text, else in all."""
     found = [text.count(image_token) for text in texts]
     per_text = isinstance(images, (list, tuple)) and all(isinstance(own, (list, tuple)) for own in images)
     if per_text and len(images) == len(texts):
@@ -230,12 +231,14 @@ def token_id(tokenizer: Any, token: str) -> int:
     """
     index = tokenizer.convert_tokens_to_ids(token)
     if index is None or index == tokenizer.unk_token_id:
-        raise ValueError(f"the tokenizer has no token {token!r}; add it as a special token or name the one it uses")
+        raise ValueError(
+            f"the tokenizer has no token {token!r}; add it as a special token or name the one it uses"
+        )
     return index
 
 
 def last_answer_start(labels: Tensor) -> int:
-    """Index of the first token of the last trained run of ``labels`` ``(L,)``; ``L`` if nothing is trained on."""
+    """Index of the first token of the last trained run of ``labels`` ``(L,)``; ``L`` if there is none."""
     trained = labels != IGNORE_INDEX
     starts = trained & ~torch.nn.functional.pad(trained[:-1], (1, 0))
     found = starts.nonzero().flatten()

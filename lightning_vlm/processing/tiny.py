@@ -1,7 +1,7 @@
 """A byte-level tokenizer and its processor, made in memory: for the demo, the tests, and first steps offline.
 
-It has no merges and no unknown text (one token per byte), the tokens of the Nemotron-3 vocabulary by name, and a ChatML
-template of the same form. It trades sequence length for needing no download.
+It has no merges and no unknown text (one token per byte), the tokens of the Nemotron-3 vocabulary by name,
+and a ChatML template of the same form. It trades sequence length for needing no download.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -49,5 +51,11 @@ def tiny_processor(**image_options: Any) -> NemotronVLProcessor:
     Args:
         **image_options: Options of `NemotronVLImageProcessor`.
     """
-    options = {"patch_size": 8, "min_num_patches": 4, "max_num_patches": 256, "max_model_len": 2048, "tile_size": 32}
+    options = {
+        "patch_size": 8,
+        "min_num_patches": 4,
+        "max_num_patches": 256,
+        "max_model_len": 2048,
+        "tile_size": 32,
+    }
     return NemotronVLProcessor(NemotronVLImageProcessor(**{**options, **image_options}), tiny_tokenizer())

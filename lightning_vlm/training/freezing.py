@@ -1,7 +1,7 @@
 """The three parts of a model by name, and freezing them.
 
-A frozen part needs no gradient and stays in eval mode; since pixels need no gradient either, a frozen tower keeps no
-activations.
+A frozen part needs no gradient and stays in eval mode; since pixels need no gradient either, a frozen tower
+keeps no activations.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import nn
 
 from lightning_vlm.models.nemotron_vl import NemotronVL
 
-# RADIO has no layer scale: transformers adds one that is the identity, for which the released layout has no place. And no
-# batch carries videos yet: a trainable weight without a gradient would stop data-parallel training.
+# RADIO has no layer scale: transformers adds one that is the identity, for which the released layout has no
+# place. And no batch carries videos yet: a trainable weight without a gradient would stop data-parallel
+# training.
 _NEVER_TRAINED = ("layer_scale", "video_patch_projection")
 
 PartName = Literal["vision", "projector", "language"]
@@ -37,7 +38,7 @@ def part(model: NemotronVL, name: str) -> nn.Module:
     """
     if name not in PARTS:
         raise ValueError(f"the model has no part {name!r}; expected one of {', '.join(PARTS)}")
-    return getattr(model, PARTS[name])  # type: ignore[index]
+    return getattr(model, PARTS[name])
 
 
 def freeze(model: NemotronVL, names: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
-"""Where the loss is divided: by the label tokens of the whole optimizer step, all micro-batches and ranks together.
+"""Where the loss is divided: by the label tokens of the whole step, over all micro-batches and ranks.
 
-A mean per micro-batch would weigh a short answer in a small batch more than one in a large batch, and the gradient would
-change with ``accumulate_grad_batches``. Here 8 x 1, 4 x 2 and 1 x 8 give the same gradient.
+A mean per micro-batch would weigh a short answer in a small batch more than one in a large batch, and the
+gradient would change with ``accumulate_grad_batches``. Here 8 x 1, 4 x 2 and 1 x 8 give the same gradient.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def divide_loss(
 ) -> Tensor:
     """Makes the loss that Lightning expects from a sum.
 
-    Lightning divides by ``accumulate_grad_batches`` and data-parallel strategies average over ranks; both are undone
-    here, so that what remains is ``sum / label_tokens``.
+    Lightning divides by ``accumulate_grad_batches`` and data-parallel strategies average over ranks; both are
+    undone here, so that what remains is ``sum / label_tokens``.
 
     Args:
         loss_sum: Sum of this micro-batch's token losses.

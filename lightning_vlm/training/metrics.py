@@ -1,4 +1,4 @@
-"""Scores of generated answers, as torchmetrics: sums and counts, so any number of processes gives the same value."""
+"""Scores of generated answers, as torchmetrics: sums and counts, equal for any number of processes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class ExactMatch(AnswerScore):
 
 
 class ANLS(AnswerScore):
-    """Average normalised Levenshtein similarity (Biten et al. 2019, arXiv:1905.13648), threshold 0.5, ignoring case."""
+    """Average normalised Levenshtein similarity (arXiv:1905.13648), threshold 0.5, ignoring case."""
 
     @staticmethod
     def score(answer: str, reference: str) -> float:

@@ -1,6 +1,6 @@
 """Optimizer groups by part, and the schedule from our own step count.
 
-Each part (vision, projector, language) has its own learning rate, split again by whether weight decay applies.
+Each part (vision, projector, language) has its own learning rate, split by whether weight decay applies.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.training.freezing import PARTS, part
 
-# Mamba's decay rates, skip gains and step biases are not weights of a matmul: shrinking them changes time constants.
+# Decay rates, skip gains and step biases of Mamba multiply no activations: shrinking them changes time
+# constants.
 _NEVER_DECAYED = ("A_log", ".D", "dt_bias", "position_embedding", "cls_register_token")
 
 
@@ -41,7 +42,8 @@ def parameter_groups(
     groups = []
     for name in PARTS:
         module = part(model, name)
-        decayed, spared = [], []
+        decayed: list[nn.Parameter] = []
+        spared: list[nn.Parameter] = []
         for key, parameter in module.named_parameters():
             if parameter.requires_grad:
                 (decayed if _is_decayed(key, parameter) else spared).append(parameter)

@@ -35,7 +35,11 @@ def edges(height: int, width: int) -> Image.Image:
 
 def smooth(height: int, width: int) -> Image.Image:
     rows, columns = np.mgrid[0:height, 0:width]
-    channels = [127 + 120 * np.sin(columns / 9), 127 + 120 * np.cos(rows / 7), (rows + columns) * 255 / (height + width)]
+    channels = [
+        127 + 120 * np.sin(columns / 9),
+        127 + 120 * np.cos(rows / 7),
+        (rows + columns) * 255 / (height + width),
+    ]
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
@@ -87,7 +91,9 @@ class TestResizing:
 
     @pytest.mark.parametrize("size", SIZES, ids=str)
     @pytest.mark.parametrize("make", [noise, edges, smooth], ids=lambda function: function.__name__)
-    def test_in_float_is_an_antialiased_bicubic_filter_without_clamping(self, make: Any, size: tuple[int, int]) -> None:
+    def test_in_float_is_an_antialiased_bicubic_filter_without_clamping(
+        self, make: Any, size: tuple[int, int]
+    ) -> None:
         image = make(*size)
         patches, [(rows, columns)] = image_to_patches(image, DYNAMIC, as_float=True)
         ours = patches_to_pixels(patches, (rows, columns), 8)
@@ -101,12 +107,13 @@ class TestResizing:
     @pytest.mark.parametrize(
         ("make", "clamped", "overshoot"),
         [
-            # Measured worst cases over SIZES, of 255: float clamped to 0..255 minus uint8; float as it is minus uint8.
-            # uint8 clamps twice, after the rows and after the columns, so even the clamped difference is not rounding
-            # alone where neighbours jump between black and white. The mean stays below half a grey level: 0.38.
-            (smooth, 2.0, 4.0),  # 1.06, 2.68
-            (edges, 15.0, 50.0),  # 10.9, 39.4
-            (noise, 30.0, 35.0),  # 22.6, 27.2
+            # Measured worst cases over SIZES, of 255: float clamped to 0..255 minus uint8; float as it is
+            # minus uint8. uint8 clamps twice, after the rows and after the columns, so even the clamped
+            # difference is not rounding alone where neighbours jump between black and white. Mean difference:
+            # 0.27, 0.27, 0.43.
+            (smooth, 1.5, 4.0),  # 0.99, 2.64
+            (edges, 15.0, 50.0),  # 10.8, 39.3
+            (noise, 30.0, 35.0),  # 22.1, 26.8
         ],
         ids=["smooth", "edges", "noise"],
     )
@@ -123,7 +130,7 @@ class TestResizing:
             worst_mean = max(worst_mean, float(difference.mean()))
             worst_overshoot = max(worst_overshoot, float((in_float - in_uint8.float()).abs().max()))
         assert worst_clamped < clamped
-        assert worst_mean < 0.5
+        assert worst_mean < 0.6
         assert worst_clamped < worst_overshoot < overshoot
 
     def test_leaves_the_image_alone(self) -> None:

@@ -1,4 +1,4 @@
-"""A twin in transformers for our model, weights that exercise every parameter, and batches of text and images."""
+"""A twin in transformers for our model, weights that exercise every parameter, batches of text and images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAD = 0
 
 @pytest.fixture
 def shake() -> Callable[..., nn.Module]:
-    """Moves every parameter away from its initial value: fresh weights are so small that many errors would not show."""
+    """Moves every parameter away from its initial value, so small that many errors would not show."""
 
     def shake(model: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
@@ -77,7 +77,7 @@ Row = Sequence[int | tuple[int, int]]
 
 @pytest.fixture
 def make_batch() -> Callable[..., dict[str, Tensor]]:
-    """Right-padded model inputs with uint8 patches, from rows like ``[5, (2, 6), 3]``: 5 text tokens, an image, 3 more."""
+    """Right-padded inputs with uint8 patches; a row ``[5, (2, 6), 3]`` is 5 tokens, an image, 3 tokens."""
 
     def make(rows: Sequence[Row], seed: int = 0, patch_dim: int = 3 * 8 * 8) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""generate() with images and left padding, against each row alone and against a plain loop without a cache."""
+"""generate() with images and left padding, against each row alone and a plain loop without a cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATTERNS = [
     "MEM*",
     "*-",
 ]  # not Mamba alone: transformers' cache cannot tell its length without attention
-# Prompts of different lengths: text only, one image, two images of different grids, an image at the very start.
+# Prompts of different lengths: text only, one image, two images of different grids, an image at the start.
 ROWS = [[9], [3, (2, 6), 4], [5, (4, 4), 2, (2, 2), 6], [(2, 4), 1]]
 NEW_TOKENS = 8
 
@@ -128,5 +128,5 @@ def test_generation_stops_at_the_end_token(talker, prompts):
 def test_a_cut_image_is_refused(talker, prompts):
     cut = {**prompts[1]}
     cut["input_ids"], cut["attention_mask"] = cut["input_ids"][:, :5], cut["attention_mask"][:, :5]
-    with pytest.raises(FusionError, match="row 0 has 2 .* 3 features"):
+    with pytest.raises(FusionError, match=r"row 0 has 2 .* 3 features"):
         generate(talker("M*-"), cut)

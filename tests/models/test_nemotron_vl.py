@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
-from lightning_vlm import NemotronVL, NemotronVLConfig
+from lightning_vlm import NemotronVL
 from lightning_vlm.models.fusion import FusionError
 
 MIXED = [[5, (2, 6), 3, (4, 4), 9], [8], [2, (4, 10), 6]]
@@ -87,10 +87,10 @@ def test_skipping_logits_changes_neither_loss_nor_gradients(make_model, make_bat
         outputs.loss.backward()
         assert (outputs.logits is None) == skip
         results.append((outputs.loss, [parameter.grad for parameter in model.parameters()]))
-    # Worst relative difference measured over three seeds: 2.4e-7 in the loss, 1.5e-6 in a gradient's norm.
+    # Worst relative difference measured over ten seeds: 8.5e-8 in the loss, 0.0 in a gradient.
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=0)
     for full, chunked in zip(results[0][1], results[1][1]):
-        assert (full - chunked).norm() <= 1e-5 * full.norm() + 1e-9
+        assert (full - chunked).norm() <= 1e-6 * full.norm()
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["logits", "skip_logits"])
@@ -104,6 +104,7 @@ def test_the_loss_is_the_sum_over_label_tokens_divided_as_told(make_model, make_
     mean = model(**batch, skip_logits=skip).loss
     summed = model(**batch, skip_logits=skip, num_items_in_batch=1).loss
     seventh = model(**batch, skip_logits=skip, num_items_in_batch=torch.tensor(7.0)).loss
+    # Worst relative difference measured over ten seeds: 1.8e-7; torch's default of 1.3e-6 holds.
     torch.testing.assert_close(summed, total)
     torch.testing.assert_close(mean, total / labelled.sum())
     torch.testing.assert_close(seventh, total / 7)
@@ -154,8 +155,9 @@ def test_images_of_one_batch_do_not_see_each_other(make_model, make_batch, shake
             for image, grid in zip(pixels.split(grids.prod(-1).tolist()), grids)
         ]
     assert tokens == [3, 4, 10]
-    # Worst difference measured over three seeds: 3.6e-7 at features of size 2.
-    torch.testing.assert_close(together, torch.cat(alone), atol=2e-6, rtol=1e-5)
+    alone = torch.cat(alone)
+    # Worst relative difference measured over twenty seeds: 2.8e-7.
+    assert (together - alone).norm() <= 2e-6 * alone.norm()
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
@@ -208,6 +210,15 @@ def test_a_missing_image_names_its_row(make_model, make_batch):
     with pytest.raises(FusionError, match="row 1 has 1 ") as raised:
         make_model()(input_ids=batch["input_ids"])
     assert raised.value.row == 1
+
+
+def test_a_config_without_an_image_token_means_text_only(make_model, make_batch):
+    model, batch = make_model(), make_batch([[6], [3]])
+    expected = logits(model, batch)
+    model.config.image_token_id = None
+    assert torch.equal(logits(model, batch), expected)
+    with pytest.raises(FusionError, match="0 placeholders and 3 features"):
+        model(**make_batch([[2, (2, 6)]]))
 
 
 def test_a_packed_row_is_refused_by_name(make_model):
@@ -298,7 +309,7 @@ def test_a_checkpoint_of_transformers_own_class_is_read(
 
 
 def as_released(folder: Path, config: PretrainedConfig) -> None:
-    """Turns a folder written by `save_pretrained` into what the released ones look like: its config names, no layer scale."""
+    """Turns a folder of `save_pretrained` into what is released: other config names, no layer scale."""
     weights = load_file(folder / "model.safetensors")
     weights = {
         name: weight

@@ -1,4 +1,4 @@
-"""Our model against transformers' own class of the family, with the same weights: logits, loss and every gradient."""
+"""Our model against transformers' own class of the family, with equal weights: logits, loss, gradients."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ MIXED = [[5, (2, 6), 3, (4, 4), 9], [8], [2, (4, 10), 6]]
 ONE_IMAGE = [[3, (2, 2), 4]]
 TEXT_ONLY = [[12], [7]]
 
-# Both networks run the same kernels in the same order: the worst difference measured is 0.0, in float32 and in bfloat16,
-# over all cases below and three seeds. The room left is for a machine whose kernels add in another order.
+# Both networks run the same kernels in the same order: the worst difference measured is 0.0, in float32 and
+# in bfloat16, over all cases below and three seeds. The room left is for a machine whose kernels add in
+# another order.
 RELATIVE_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 
@@ -92,5 +93,5 @@ def test_padding_does_not_change_a_row(make_twins, make_batch):
     with torch.no_grad():
         expected = ours(**alone).logits[0]
         actual = ours(**padded).logits[0, : expected.shape[0]]
-    print("PADDING", (actual - expected).abs().max(), expected.abs().max())
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    # Worst difference measured over twenty seeds: 7.2e-7 at logits up to 2.6 (longer attention sums).
+    torch.testing.assert_close(actual, expected, atol=5e-6, rtol=0)

@@ -79,10 +79,8 @@ def test_projector_is_rms_norm_linear_squared_relu_linear():
     features = 3 * torch.randn(7, 12)
     normed = features / (features.square().mean(-1, keepdim=True) + 1e-5).sqrt() * projector.layer_norm.weight
     hidden = (normed @ projector.linear_1.weight.T).clamp(min=0).square()
-    # Worst difference measured over twenty seeds: 2.4e-7.
-    torch.testing.assert_close(
-        projector(features), hidden @ projector.linear_2.weight.T, atol=2e-6, rtol=1e-5
-    )
+    # Worst difference measured over twenty seeds: 3.6e-7.
+    torch.testing.assert_close(projector(features), hidden @ projector.linear_2.weight.T, atol=2e-6, rtol=0)
     assert [name for name, _ in projector.named_parameters()] == [
         "layer_norm.weight",
         "linear_1.weight",

@@ -29,7 +29,7 @@ dist.destroy_process_group()
 
 @pytest.fixture
 def two_ranks(tmp_path: Path) -> Callable[[str], list[Any]]:
-    """Runs source code in two processes joined by gloo, with ``rank`` and ``report`` defined; returns what each reported."""
+    """Runs source, with ``rank`` and ``report`` defined, in two processes joined by gloo; returns reports."""
 
     def run(source: str) -> list[Any]:
         script, rendezvous = tmp_path / "rank.py", tmp_path / "rendezvous"

@@ -1,4 +1,4 @@
-"""However a step is cut into micro-batches and ranks, its gradient is that of the one mean over all label tokens."""
+"""However a step is cut into micro-batches and ranks, its loss is the one mean over all label tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 )
 @settings(deadline=None, max_examples=60)
 def test_accumulation_and_averaging_over_ranks_are_undone(token_losses, world_size):
-    """Lightning divides each micro-batch's loss by their number; data-parallel strategies average over ranks."""
+    # Lightning divides each micro-batch's loss by their number; data-parallel strategies average over ranks.
     ranks = [token_losses[rank::world_size] for rank in range(world_size)]
     accumulate = max(len(micro_batches) for micro_batches in ranks)
     label_tokens = torch.tensor(float(sum(map(len, token_losses))), dtype=torch.float64)
@@ -33,7 +33,7 @@ def test_accumulation_and_averaging_over_ranks_are_undone(token_losses, world_si
         ]
         total += sum(loss / accumulate for loss in losses) / world_size
 
-    flat = sum(token_losses, [])
+    flat = [loss for micro_batch in token_losses for loss in micro_batch]
     torch.testing.assert_close(float(total), sum(flat) / len(flat))
 
 

@@ -1,0 +1,224 @@
+"""The command line as a user meets it: whole runs in a fresh folder, second runs, typos, wrong data, W&B absent."""
+
+from __future__ import annotations
+
+import builtins
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_vlm import NemotronVLConfig
+from lightning_vlm.cli import VLMCLI, main, suggest
+from lightning_vlm.processing.tiny import tiny_processor
+
+
+@pytest.fixture
+def config(make_task: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A complete config in a folder of its own, which is also the working directory."""
+    monkeypatch.chdir(tmp_path)
+    tiny_processor().save_pretrained("model")
+    NemotronVLConfig.tiny(pattern="M*", hidden_size=32, vision_hidden_size=32, vision_layers=1).save_pretrained("model")
+    for name in ("train", "val", "test"):
+        make_task(6, f"{name}.jsonl")
+    make_task(3, "ask.jsonl", answers=False)
+    options: dict[str, Any] = {
+        "seed_everything": 1,
+        "trainer": {
+            "default_root_dir": "run",
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "logger": [{"class_path": "CSVLogger", "init_args": {"save_dir": "run", "name": "metrics"}}],
+            "callbacks": [
+                {
+                    "class_path": "ModelCheckpoint",
+                    "init_args": {"dirpath": "run/checkpoints", "save_last": True, "enable_version_counter": False},
+                },
+                {"class_path": "LearningRateMonitor"},
+            ],
+        },
+        "model": {"model_id": "model", "init": "random", "max_new_tokens": 2},
+        "data": {
+            "train": "train.jsonl", "val": "val.jsonl", "test": ["test.jsonl"], "predict": "ask.jsonl", "batch_size": 2,
+        },
+    }
+    Path("config.yaml").write_text(yaml.safe_dump(options))
+    return Path("config.yaml")
+
+
+def exit_code(*arguments: str) -> int:
+    sys.argv = ["lightning-vlm", *arguments]
+    try:
+        return main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def test_fit_test_predict_leave_a_run_folder(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("fit", "--config", str(config)) == 0
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert saved["data"]["batch_size"] == 2
+    assert saved["data"]["processor"] == "model", "the processor of the model is the default"
+    rows = list(csv.DictReader(Path("run/metrics/version_0/metrics.csv").open()))
+    columns = {name for row in rows for name, value in row.items() if value}
+    assert {
+        "train/loss", "train/grad_norm", "val/loss", "val/gen/exact_match", "val/gen/anls", "perf/tokens_per_s",
+        "perf/images_per_s", "perf/data_wait_frac", "lr-AdamW/vision", "lr-AdamW/projector", "lr-AdamW/language",
+    } <= columns
+    assert "val at step 6" in Path("run/predictions_val.html").read_text()
+
+    assert exit_code("test", "--config", str(config), "--ckpt_path", "run/checkpoints/last.ckpt") == 0
+    assert "test/gen/exact_match" in capsys.readouterr().out
+    page = Path("run/predictions_test.html").read_text()
+    assert page.count("<tr>") == 1 + 6
+    assert page.count('src="data:image/png;base64,') == 6, "rows have 0, 1, 2, 0, 1, 2 images"
+    assert Path("run/config_test.yaml").exists(), list(Path("run").iterdir())
+
+    assert exit_code("predict", "--config", str(config), "--ckpt_path", "run/checkpoints/last.ckpt") == 0
+    lines = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
+    assert [line["source"] for line in lines] == ["ask.jsonl:1", "ask.jsonl:2", "ask.jsonl:3"]
+    assert all(isinstance(line["answer"], str) and line["prompt"].endswith("assistant\n") for line in lines)
+
+    assert exit_code("validate", "--config", str(config), "--ckpt_path", "run/checkpoints/last.ckpt") == 0
+
+
+def test_a_second_run_in_the_same_folder_keeps_the_first_config(config: Path) -> None:
+    assert exit_code("fit", "--config", str(config)) == 0
+    assert exit_code("fit", "--config", str(config), "--trainer.max_epochs", "1") == 0
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["trainer"]["max_epochs"] == 1
+    assert yaml.safe_load(Path("run/config.1.yaml").read_text())["trainer"]["max_epochs"] == 2
+    assert Path("run/metrics/version_0/metrics.csv").exists()
+    assert Path("run/metrics/version_1/metrics.csv").exists()
+
+
+def test_ckpt_path_last_continues(config: Path) -> None:
+    assert exit_code("fit", "--config", str(config), "--trainer.max_epochs", "1") == 0
+    assert exit_code("fit", "--config", str(config), "--ckpt_path", "last") == 0
+    rows = list(csv.DictReader(Path("run/metrics/version_1/metrics.csv").open()))
+    assert [row["step"] for row in rows if row["train/loss"]] == ["3", "4", "5"]
+
+
+def test_short_flags(config: Path) -> None:
+    cli = VLMCLI(["--config", str(config), "--model.lr", "1e-4", "--data.max_tokens", "2048"], run=False)
+    assert cli.model.hparams.lr == 1e-4
+    assert cli.datamodule.max_tokens == 2048
+    cli = VLMCLI(["--config", str(config), "--model.lr", "{vision: 1e-5, projector: 1e-4, language: 1e-6}"], run=False)
+    assert cli.model.hparams.lr == {"vision": 1e-5, "projector": 1e-4, "language": 1e-6}
+
+
+def test_print_config_is_a_config(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("fit", "--config", str(config), "--print_config") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["max_new_tokens"] == 2
+    Path("printed.yaml").write_text(yaml.safe_dump(printed))
+    assert exit_code("fit", "--config", "printed.yaml", "--trainer.fast_dev_run", "true") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--model.l", "3"], ""),
+        (["--data.max_token", "5"], "Did you mean 'data.max_tokens'?"),
+        (["--data.batchsize", "5"], "Did you mean 'data.batch_size'?"),
+        (["--trainer.max_stepss", "3"], "Did you mean 'trainer.max_steps'?"),
+        (["--model.frezee", "[vision]"], "Did you mean 'model.freeze'?"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_typos_on_the_command_line(
+    config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], hint: str
+) -> None:
+    assert exit_code("fit", "--config", str(config), *arguments) == 2
+    error = capsys.readouterr().err
+    assert arguments[0].lstrip("-") in error
+    assert hint in error
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "hint"),
+    [
+        ("data", "batchsize", "Did you mean 'data.batch_size'?"),
+        ("model", "learning_rate", ""),
+        ("trainer", "max_epoch", "Did you mean 'trainer.max_epochs'?"),
+    ],
+)
+def test_typos_in_the_config(
+    config: Path, capsys: pytest.CaptureFixture[str], section: str, key: str, hint: str
+) -> None:
+    options = yaml.safe_load(config.read_text())
+    options[section][key] = 1
+    config.write_text(yaml.safe_dump(options))
+    assert exit_code("fit", "--config", str(config)) == 2
+    error = capsys.readouterr().err
+    assert key in error
+    assert hint in error
+
+
+def test_suggestions() -> None:
+    known = ["data.batch_size", "model.lr", "trainer.max_steps"]
+    assert suggest("Option 'batchsize' is not accepted", known) == " Did you mean 'data.batch_size'?"
+    assert suggest("Group 'data' does not accept option 'batch_sizes'", known) == " Did you mean 'data.batch_size'?"
+    assert suggest("unrecognized arguments: --zzz=3", known) == ""
+    assert suggest("something else", known) == ""
+
+
+def test_wrong_data_ends_in_one_sentence_and_exit_code_1(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("train.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    assert exit_code("fit", "--config", str(config)) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: train.jsonl:7: the 1 turn(s) hold no assistant turn, expected one to learn from; "
+        "add the answer or remove the row."
+    )
+
+
+def test_a_missing_model_folder_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("fit", "--config", str(config), "--model.model_id", "absent") == 1
+    assert "processor 'absent': it is neither a folder" in capsys.readouterr().err.splitlines()[-1]
+
+
+WANDB = [{"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"save_dir": "run", "project": "p"}}]
+
+
+def test_wandb_offline_when_nobody_is_logged_in(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = ["fit", "--config", str(config), "--trainer.logger", json.dumps(WANDB), "--trainer.max_epochs", "1"]
+    assert exit_code(*arguments) == 0
+    (run,) = Path("run/wandb").glob("offline-run-*")
+    record = next(run.glob("*.wandb")).read_bytes()
+    assert record.count(b"media/images/") >= 4, "the images of the table are part of the run"
+    (table,) = (json.loads(path.read_text()) for path in run.glob("files/media/table/val/predictions*.table.json"))
+    assert table["columns"] == ["step", "source", "images", "prompt", "target", "answer", "exact_match", "anls"]
+    assert [row[1] for row in table["data"]] == [f"val.jsonl:{line}" for line in range(1, 7)]
+    monkeypatch.setenv("WANDB_MODE", "offline")  # as the tests' environment has it
+
+
+def test_wandb_absent(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find_spec(name, *a))
+    real_import = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "wandb":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    arguments = ["fit", "--config", str(config), "--trainer.logger", json.dumps(WANDB), "--trainer.max_epochs", "1"]
+    assert exit_code(*arguments) == 0
+    assert not Path("run/wandb").exists()
+    assert os.path.exists("run/predictions_val.html")
