@@ -16,7 +16,7 @@ import sys
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
@@ -43,7 +43,7 @@ _UNKNOWN = re.compile(
 class VLMArgumentParser(LightningArgumentParser):
     """A parser that suggests the key that was probably meant."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+    def error(self, message: str, ex: Exception | None = None) -> None:
         """Prints the error with a suggestion and exits with 2."""
         super().error(message + suggest(message, list(self._known_keys())), ex)
 
@@ -101,7 +101,7 @@ class VLMCLI(LightningCLI):
     def __init__(self, args: Any = None, run: bool = True) -> None:
         strict: dict[str, Any] = {"allow_abbrev": False, "parser_mode": "yaml"}
         # jsonargparse overwrites a subcommand's allow_abbrev with the top level's: both are set.
-        parser_kwargs = {**strict, **{name: strict for name in _SUBCOMMANDS}} if run else strict
+        parser_kwargs = {**strict, **dict.fromkeys(_SUBCOMMANDS, strict)} if run else strict
         super().__init__(
             NemotronVLModule,
             VLMDataModule,

@@ -22,12 +22,12 @@ from lightning_vlm.media.load import MediaPolicy
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import DataError
 
-_LATER = {
+_LATER: dict[str, dict[Any, Any]] = {
     "sampler": {"length_grouped": "shuffle", "token_budget": "shuffle"},
     "packing": {True: False},
     "collate": {"packed": "padded"},
 }
-_NOW = {"sampler": ("shuffle", "sequential"), "packing": (False,), "collate": ("padded",)}
+_NOW: dict[str, tuple[Any, ...]] = {"sampler": ("shuffle", "sequential"), "packing": (False,), "collate": ("padded",)}
 
 Stage = str
 Files = str | list[str] | None

@@ -51,17 +51,12 @@ class ImageGeometry:
         if self.mode not in ("dynamic", "static"):
             raise ValueError(f"geometry mode is {self.mode!r}; expected 'dynamic' or 'static'")
         if self.merge_size < 1 or self.patch_size < 1:
-            raise ValueError(
-                f"patch_size ({self.patch_size}) and merge_size ({self.merge_size}) must be at least 1"
-            )
+            raise ValueError(f"patch_size ({self.patch_size}) and merge_size ({self.merge_size}) must be at least 1")
         if self.max_num_patches < self.merge_size**2:
-            raise ValueError(
-                f"max_num_patches ({self.max_num_patches}) is less than one token's {self.merge_size**2}"
-            )
+            raise ValueError(f"max_num_patches ({self.max_num_patches}) is less than one token's {self.merge_size**2}")
         if self.min_num_patches > self.max_num_patches:
             raise ValueError(
-                f"min_num_patches ({self.min_num_patches}) is more than "
-                f"max_num_patches ({self.max_num_patches})"
+                f"min_num_patches ({self.min_num_patches}) is more than max_num_patches ({self.max_num_patches})"
             )
         if self.max_tiles < 1:
             raise ValueError(f"max_tiles is {self.max_tiles}; expected at least 1")
@@ -86,9 +81,7 @@ class ImageGeometry:
 
     def image_budget(self, num_images: int = 1, text_tokens: int = 0) -> int:
         """Patches that one image may have: what the context leaves, clamped to the configured range."""
-        available = max(
-            (self.max_model_len - text_tokens - 4) * self.merge_size**2, self.min_num_patches * num_images
-        )
+        available = max((self.max_model_len - text_tokens - 4) * self.merge_size**2, self.min_num_patches * num_images)
         return max(min(available, self.max_num_patches), self.min_num_patches)
 
     def num_tokens(self, grids: Sequence[Grid]) -> int:

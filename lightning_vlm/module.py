@@ -27,7 +27,7 @@ from lightning_vlm.schema import DataError, VLMBatch
 from lightning_vlm.training.freezing import freeze
 from lightning_vlm.training.generation import generate_answers
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
-from lightning_vlm.training.metrics import SCORES, MeanOverTokens
+from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens
 from lightning_vlm.training.optim import parameter_groups, warmup_cosine
 from lightning_vlm.training.resume import rewind_to_last_step
 
@@ -252,16 +252,20 @@ class NemotronVLModule(L.LightningModule):
         rows = [row for row in range(len(batch)) if batch.counted[row]]
         for row in rows:
             for key in (split, _score_key(split, group_of(batch.sources[row]))):
-                for score in self.scores[key].values() if key in self.scores else ():
+                for score in self._scores(key).values():
                     score.update([answers[row]], [batch.references[row]])
         return {"answers": answers}
 
+    def _scores(self, key: str) -> dict[str, AnswerScore]:
+        """The scores of a split or of one of its groups; none for rows of a datamodule that is not ours."""
+        return dict(self.scores[key].items()) if key in self.scores else {}  # type: ignore[operator]
+
     def _log_scores(self, split: str) -> None:
-        for key, scores in self.scores.items():
+        for key in self.scores:
             where, _, group = key.partition("/")
             if where != split:
                 continue
-            for name, score in scores.items():
+            for name, score in self._scores(key).items():
                 # Every rank computes every score, also one it has no answers for: computing is a collective call.
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="The ``compute`` method of metric")

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 
-def cu_seqlens_from_lengths(
-    lengths: Sequence[int] | Tensor, device: torch.device | str | None = None
-) -> Tensor:
+def cu_seqlens_from_lengths(lengths: Sequence[int] | Tensor, device: torch.device | str | None = None) -> Tensor:
     """Cumulative document boundaries.
 
     Args:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 
 from lightning_vlm import NemotronVLConfig
@@ -62,12 +63,16 @@ def exit_code(*arguments: str) -> int:
         return int(stop.code or 0)
 
 
+def logged(path: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
+
+
 def test_fit_test_predict_leave_a_run_folder(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("fit", "--config", str(config)) == 0
     saved = yaml.safe_load(Path("run/config.yaml").read_text())
     assert saved["data"]["batch_size"] == 2
     assert saved["data"]["processor"] == "model", "the processor of the model is the default"
-    rows = list(csv.DictReader(Path("run/metrics/version_0/metrics.csv").open()))
+    rows = logged("run/metrics/version_0/metrics.csv")
     columns = {name for row in rows for name, value in row.items() if value}
     assert {
         "train/loss", "train/grad_norm", "val/loss", "val/gen/exact_match", "val/gen/anls", "perf/tokens_per_s",
@@ -102,7 +107,7 @@ def test_a_second_run_in_the_same_folder_keeps_the_first_config(config: Path) ->
 def test_ckpt_path_last_continues(config: Path) -> None:
     assert exit_code("fit", "--config", str(config), "--trainer.max_epochs", "1") == 0
     assert exit_code("fit", "--config", str(config), "--ckpt_path", "last") == 0
-    rows = list(csv.DictReader(Path("run/metrics/version_1/metrics.csv").open()))
+    rows = logged("run/metrics/version_1/metrics.csv")
     assert [row["step"] for row in rows if row["train/loss"]] == ["3", "4", "5"]
 
 
@@ -196,6 +201,7 @@ def test_wandb_offline_when_nobody_is_logged_in(
     monkeypatch.setenv("HOME", str(tmp_path))
     arguments = ["fit", "--config", str(config), "--trainer.logger", json.dumps(WANDB), "--trainer.max_epochs", "1"]
     assert exit_code(*arguments) == 0
+    wandb.finish()  # as the end of the process does
     (run,) = Path("run/wandb").glob("offline-run-*")
     record = next(run.glob("*.wandb")).read_bytes()
     assert record.count(b"media/images/") >= 4, "the images of the table are part of the run"

@@ -55,9 +55,7 @@ class TestDynamicMode:
         ],
         ids=lambda value: str(value),
     )
-    def test_gives_the_released_models_numbers(
-        self, width: int, height: int, tokens: int, grid: Grid
-    ) -> None:
+    def test_gives_the_released_models_numbers(self, width: int, height: int, tokens: int, grid: Grid) -> None:
         assert OMNI.image_grids(height, width) == [grid]
         assert OMNI.num_image_tokens(height, width) == tokens
 
@@ -75,9 +73,7 @@ class TestDynamicMode:
             if theirs is not None:
                 assert dynamic_grid(height, width, budget, OMNI) == theirs, (height, width, budget)
                 compared += 1
-        assert (
-            compared > 4500
-        )  # the reference has no answer for a few extremes (measured: 4965 of 5000 compared)
+        assert compared > 4500  # the reference has no answer for a few extremes (measured: 4965 of 5000 compared)
 
     def test_reference_rule_has_an_answer_for_every_sane_image_at_the_released_budget(self) -> None:
         sane = [(h, w) for h, w in random_sizes(2000, largest=10_000, seed=2) if max(h / w, w / h) <= 64]
@@ -131,9 +127,7 @@ class TestDynamicMode:
             (100, 5, 0, 5120),
         ],
     )
-    def test_budget_is_what_the_context_leaves(
-        self, max_model_len: int, images: int, text: int, budget: int
-    ) -> None:
+    def test_budget_is_what_the_context_leaves(self, max_model_len: int, images: int, text: int, budget: int) -> None:
         assert ImageGeometry(max_model_len=max_model_len).image_budget(images, text) == budget
 
     @settings(max_examples=200, deadline=None)
@@ -282,9 +276,7 @@ class TestThreeAgree:
     )
     def test_in_a_real_model(self, make_model: Callable[..., NemotronVL], options: dict) -> None:
         processor, model = tiny_processor(**options), make_model()
-        images = [
-            Image.new("RGB", (width, height)) for height, width in random_sizes(30, largest=200, seed=6)
-        ]
+        images = [Image.new("RGB", (width, height)) for height, width in random_sizes(30, largest=200, seed=6)]
         encoded = processor(text="<image>" * len(images), images=images, return_tensors="pt")
         with torch.no_grad():
             features, per_grid = model.get_image_features(encoded["pixel_values"], encoded["image_grid_hw"])

@@ -63,9 +63,7 @@ def test_boundaries_survive_seq_idx_and_position_ids(lengths: list[int]) -> None
 @given(any_lengths)
 def test_per_token_forms_are_what_a_loop_over_documents_writes(lengths: list[int]) -> None:
     cu_seqlens = cu_seqlens_from_lengths(lengths)
-    assert seq_idx_from_cu_seqlens(cu_seqlens).tolist() == [
-        d for d, n in enumerate(lengths) for _ in range(n)
-    ]
+    assert seq_idx_from_cu_seqlens(cu_seqlens).tolist() == [d for d, n in enumerate(lengths) for _ in range(n)]
     assert position_ids_from_cu_seqlens(cu_seqlens).tolist() == [i for n in lengths for i in range(n)]
 
 

@@ -131,10 +131,12 @@ def _listed_images(row: dict[str, Any], source: str) -> list[ImageRef]:
         return []
     listed = listed if isinstance(listed, list) else [listed]
     refs = [item.get("path") if isinstance(item, dict) else item for item in listed]
+    images = []
     for ref in refs:
         if not isinstance(ref, str) or not ref:
             raise DataError(source, f"an entry of its image list is {_short(ref)}, expected a path", "name a file")
-    return [ImageRef(ref) for ref in refs]
+        images.append(ImageRef(ref))
+    return images
 
 
 def _fill_slots(turns: tuple[Turn, ...], images: list[ImageRef], source: str) -> tuple[Turn, ...]:

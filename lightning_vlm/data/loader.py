@@ -66,7 +66,8 @@ class ResumableLoader:
         self.yielded = 0
         self._start = 0
         self._batches = _BatchDataset(samples, collate)
-        self._options = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
         self._micro_batches = micro_batches
         self._stop = stop or (lambda: len(plan))
 
@@ -94,7 +95,15 @@ class ResumableLoader:
         self.yielded = start
         stop = min(self._stop(), len(self.plan))
         planned = self.plan.batches(self.epoch, self.rank)[start:stop]
-        stream = iter(DataLoader(self._batches, batch_size=None, sampler=planned, collate_fn=_identity, **self._options))
+        loader = DataLoader(
+            self._batches,
+            batch_size=None,  # an item is a whole planned batch
+            sampler=planned,
+            collate_fn=_identity,
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
+        )
+        stream = iter(loader)
         while self.yielded < stop:
             step = self._take_step(stream, self.yielded, stop)
             for batch in step:

@@ -44,9 +44,7 @@ def to_rgb(image: Any) -> Image.Image:
     if array.dtype != np.uint8:
         low, high = (array.min(), array.max()) if array.size else (0, 0)
         if not (low >= 0 and high <= 255) or 0 < high <= 1:  # written so that NaN fails
-            raise ValueError(
-                f"an image array of {array.dtype} spans {low}..{high}; expected pixels in 0..255"
-            )
+            raise ValueError(f"an image array of {array.dtype} spans {low}..{high}; expected pixels in 0..255")
         array = array.round().astype(np.uint8)
     return Image.fromarray(array).convert("RGB")
 
@@ -76,9 +74,7 @@ def image_to_patches(
     rows, columns = tile_ratio(image.height, image.width, geometry)
     side = geometry.tile_size
     pixels = _resize(image, rows * side, columns * side, as_float)
-    tiles = [
-        pixels[:, top:bottom, left:right] for left, top, right, bottom in tile_boxes(rows, columns, side)
-    ]
+    tiles = [pixels[:, top:bottom, left:right] for left, top, right, bottom in tile_boxes(rows, columns, side)]
     if len(grids) > len(tiles):
         tiles.append(_resize(image, side, side, as_float))
     return torch.cat([pixels_to_patches(tile, size) for tile in tiles]), grids

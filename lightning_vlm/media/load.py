@@ -120,9 +120,7 @@ def resolve_path(ref: str, policy: MediaPolicy, source: str) -> Path:
     """
     root = policy.media_root.resolve()
     if not ref or "\x00" in ref:
-        raise MediaError(
-            source, f"image path is {_short(ref)!r}, expected a file name", "name the image file"
-        )
+        raise MediaError(source, f"image path is {_short(ref)!r}, expected a file name", "name the image file")
     name, place = repr(_short(ref)), f"the media root {str(policy.media_root)!r}"
     try:
         path = (root / ref).resolve()
@@ -130,8 +128,7 @@ def resolve_path(ref: str, policy: MediaPolicy, source: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, impossible characters
         raise MediaError(
             source,
-            f"image path {name} cannot be looked up ({_reason(error)}), "
-            f"expected the name of a file under {place}",
+            f"image path {name} cannot be looked up ({_reason(error)}), expected the name of a file under {place}",
             "correct the path in the row",
         ) from error
     if not path.is_relative_to(root):
@@ -170,8 +167,7 @@ def _opened(ref: str, policy: MediaPolicy, source: str) -> Iterator[Image.Image]
         except Exception as error:  # Pillow's decoders raise almost any kind for a damaged file
             raise MediaError(
                 source,
-                f"image {name!r} cannot be decoded ({_reason(error)}), "
-                "expected a complete image that Pillow can read",
+                f"image {name!r} cannot be decoded ({_reason(error)}), expected a complete image that Pillow can read",
                 "replace the file or remove the row",
             ) from error
 
@@ -218,8 +214,7 @@ def _decode_data_uri(ref: str, source: str) -> io.BytesIO:
     except (ValueError, binascii.Error) as error:
         raise MediaError(
             source,
-            f"data URI {_short(ref)!r} cannot be decoded ({_reason(error)}), "
-            "expected 'data:image/...;base64,...'",
+            f"data URI {_short(ref)!r} cannot be decoded ({_reason(error)}), expected 'data:image/...;base64,...'",
             "encode the image as base64 or name a file",
         ) from error
 
@@ -237,8 +232,7 @@ def _download(ref: str, policy: MediaPolicy, source: str) -> io.BytesIO:
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise MediaError(
             source,
-            f"image {_short(ref)!r} cannot be downloaded ({_reason(error)}), "
-            "expected an image at that address",
+            f"image {_short(ref)!r} cannot be downloaded ({_reason(error)}), expected an image at that address",
             "check the URL or use a local file",
         ) from error
     if len(content) > _MAX_DOWNLOAD_BYTES:

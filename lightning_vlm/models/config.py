@@ -53,9 +53,7 @@ class NemotronVLConfig(PretrainedConfig):
         norm_std: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
-        released = {
-            new: kwargs.pop(old) for old, new in _RELEASED_NAMES.items() if kwargs.get(old) is not None
-        }
+        released = {new: kwargs.pop(old) for old, new in _RELEASED_NAMES.items() if kwargs.get(old) is not None}
         self.vision_config = _sub_config(vision_config, RadioConfig)
         self.text_config = _sub_config(text_config or released.get("text_config"), NemotronHConfig)
         self.downsample_ratio = downsample_ratio
@@ -81,7 +79,7 @@ class NemotronVLConfig(PretrainedConfig):
         cls,
         vocab_size: int = 263,
         image_token_id: int = 4,
-        pattern: str = "M-M*M-",
+        pattern: str = "M*-M*-",
         hidden_size: int = 128,
         vision_hidden_size: int = 96,
         vision_layers: int = 3,
@@ -150,8 +148,7 @@ class NemotronVLConfig(PretrainedConfig):
             raise ValueError(f"ps_version is {self.ps_version!r}; expected 'v1' or 'v2'")
         if self.image_token_id is not None and self.image_token_id >= self.text_config.vocab_size:
             raise ValueError(
-                f"image_token_id is {self.image_token_id} but the vocabulary has "
-                f"{self.text_config.vocab_size} rows"
+                f"image_token_id is {self.image_token_id} but the vocabulary has {self.text_config.vocab_size} rows"
             )
 
 

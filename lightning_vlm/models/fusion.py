@@ -23,9 +23,7 @@ class FusionError(ValueError):
         self.row = row
 
 
-def fuse(
-    inputs_embeds: Tensor, features: Tensor, is_placeholder: Tensor, tokens_per_image: list[int]
-) -> Tensor:
+def fuse(inputs_embeds: Tensor, features: Tensor, is_placeholder: Tensor, tokens_per_image: list[int]) -> Tensor:
     """Writes features over the embeddings of placeholder tokens.
 
     Args:

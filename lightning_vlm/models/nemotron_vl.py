@@ -80,8 +80,8 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     # The released files carry the tower's own normaliser; ours reads the same numbers from the config.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"input_conditioner\."]
-    # RADIO has no layer scale: transformers adds one that is the identity, absent from the released files.
-    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"layer_scale\d+\.lambda1", r"summary_idxs"]
+    # A buffer that the released files leave out (so they do the tower's layer scales, which transformers knows).
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"summary_idxs"]
 
     def __init__(self, config: NemotronVLConfig) -> None:
         super().__init__(config)
@@ -213,14 +213,6 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             num_items_in_batch = (targets >= 0).sum().clamp(min=1)
         return self._output(outputs, loss=total / num_items_in_batch, logits=logits)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Gives the images to the first step only: afterwards they live in the cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if kwargs.get("past_key_values") is not None and not kwargs.get("is_first_iteration", False):
-            inputs["pixel_values"] = inputs["image_grid_hw"] = None
-        inputs.setdefault("logits_to_keep", 1)
-        return inputs
-
     @staticmethod
     def create_masks_for_generate(config: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Both masks of the hybrid language model."""
@@ -265,21 +257,13 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         is_placeholder = None if input_ids is None else self._is_placeholder(input_ids)
         if pixel_values is not None:
             if is_placeholder is None or grids is None:
-                raise FusionError(
-                    "pixel_values needs input_ids (placeholder positions) and image_grid_hw beside it"
-                )
+                raise FusionError("pixel_values needs input_ids (placeholder positions) and image_grid_hw beside it")
             features, tokens_per_image = self.get_image_features(pixel_values, grids)
             return fuse(inputs_embeds, features, is_placeholder, tokens_per_image)
-        if (
-            is_placeholder is not None
-            and input_ids is not None
-            and input_ids.shape[1] > 1
-            and is_placeholder.any()
-        ):
+        if is_placeholder is not None and input_ids is not None and input_ids.shape[1] > 1 and is_placeholder.any():
             row = int(is_placeholder.any(-1).nonzero()[0])
             raise FusionError(
-                f"row {row} has {int(is_placeholder[row].sum())} image placeholder tokens "
-                "and no image was given",
+                f"row {row} has {int(is_placeholder[row].sum())} image placeholder tokens and no image was given",
                 row,
             )
         if self.training and torch.is_grad_enabled():
@@ -299,9 +283,7 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         return (features * 0.0).sum().to(like.dtype)  # not sum() * 0: a sum that overflows would become NaN
 
     @staticmethod
-    def _output(
-        outputs: Any, loss: Tensor | None = None, logits: Tensor | None = None
-    ) -> CausalLMOutputWithPast:
+    def _output(outputs: Any, loss: Tensor | None = None, logits: Tensor | None = None) -> CausalLMOutputWithPast:
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

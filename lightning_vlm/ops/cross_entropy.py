@@ -66,9 +66,7 @@ def linear_cross_entropy(
 
 def naive_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum of cross entropies from full logits ``(B, T, V)`` and shifted labels ``(B, T)``, in float32."""
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _chunk_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:

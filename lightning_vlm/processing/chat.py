@@ -51,8 +51,7 @@ def to_messages(conversation: Conversation, image_token: str) -> list[Message]:
             if isinstance(part, Text) and image_token in part.text:
                 raise DataError(
                     conversation.source,
-                    f"the text of turn {number} ({turn.role}) contains {image_token!r}, "
-                    "which stands for an image",
+                    f"the text of turn {number} ({turn.role}) contains {image_token!r}, which stands for an image",
                     "give the row one image per placeholder, or write the word differently",
                 )
         content = "".join(part.text if isinstance(part, Text) else image_token for part in turn.parts)
@@ -184,9 +183,7 @@ def _between(rendered: str, markers: list[str], index: int, source: str) -> str:
     return rendered
 
 
-def _header(
-    render: Render, earlier: list[Message], marked: list[Message], before: str, gap: str, turn: str
-) -> str:
+def _header(render: Render, earlier: list[Message], marked: list[Message], before: str, gap: str, turn: str) -> str:
     """The start of an assistant turn that the model is given at inference."""
     if not earlier:  # nothing is asked before the first turn, and transformers renders no empty conversation
         prompt = gap
@@ -208,15 +205,12 @@ def _common_start(*texts: str) -> str:
 def _end_of_turn(gap: str, tokenizer: Any, source: str) -> int:
     """Length of the start of ``gap`` that ends with its first special token."""
     ends = [
-        (position, position + len(token))
-        for token in special_tokens(tokenizer)
-        if (position := gap.find(token)) >= 0
+        (position, position + len(token)) for token in special_tokens(tokenizer) if (position := gap.find(token)) >= 0
     ]
     if not ends:
         raise DataError(
             source,
-            f"the chat template ends an assistant turn with {gap[:40]!r}, "
-            "expected a special token to stop at",
+            f"the chat template ends an assistant turn with {gap[:40]!r}, expected a special token to stop at",
             "add an end-of-turn token to the tokenizer and its chat_template",
         )
     return min(ends, key=lambda end: (end[0], -end[1]))[1]

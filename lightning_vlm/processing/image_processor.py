@@ -23,7 +23,7 @@ from lightning_vlm.media.image import image_to_patches, to_rgb
 from lightning_vlm.ops.pixels import normalize_patches
 
 
-class NemotronVLImageKwargs(ImagesKwargs, total=False):
+class NemotronVLImageKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Options of `NemotronVLImageProcessor`; the meaning of each is in `ImageGeometry`."""
 
     mode: str

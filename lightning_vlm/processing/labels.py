@@ -31,8 +31,7 @@ def tokenize_spans(tokenizer: Any, spans: Sequence[Span]) -> tuple[Tensor, Tenso
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"{type(tokenizer).__name__} gives no character offsets; "
-            "expected a fast tokenizer (tokenizer.json)"
+            f"{type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer (tokenizer.json)"
         )
     text = "".join(span.text for span in spans)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

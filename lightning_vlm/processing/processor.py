@@ -231,9 +231,7 @@ def token_id(tokenizer: Any, token: str) -> int:
     """
     index = tokenizer.convert_tokens_to_ids(token)
     if index is None or index == tokenizer.unk_token_id:
-        raise ValueError(
-            f"the tokenizer has no token {token!r}; add it as a special token or name the one it uses"
-        )
+        raise ValueError(f"the tokenizer has no token {token!r}; add it as a special token or name the one it uses")
     return index
 
 

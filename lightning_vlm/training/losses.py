@@ -27,9 +27,7 @@ def step_label_tokens(local: int, device: torch.device) -> Tensor:
     return total.clamp(min=1.0)
 
 
-def divide_loss(
-    loss_sum: Tensor, label_tokens: Tensor, accumulate_grad_batches: int, world_size: int
-) -> Tensor:
+def divide_loss(loss_sum: Tensor, label_tokens: Tensor, accumulate_grad_batches: int, world_size: int) -> Tensor:
     """Makes the loss that Lightning expects from a sum.
 
     Lightning divides by ``accumulate_grad_batches`` and data-parallel strategies average over ranks; both are

@@ -20,9 +20,7 @@ from lightning_vlm.training.freezing import PARTS, part
 _NEVER_DECAYED = ("A_log", ".D", "dt_bias", "position_embedding", "cls_register_token")
 
 
-def parameter_groups(
-    model: NemotronVL, lr: float | dict[str, float], weight_decay: float
-) -> list[dict[str, Any]]:
+def parameter_groups(model: NemotronVL, lr: float | dict[str, float], weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in named groups.
 
     Args:
@@ -50,18 +48,12 @@ def parameter_groups(
         for suffix, parameters, decay in (("", decayed, weight_decay), ("/no_decay", spared, 0.0)):
             if parameters:
                 if name not in rates:
-                    raise ValueError(
-                        f"lr has no rate for {name!r}, which is trainable; add it or freeze that part"
-                    )
-                groups.append(
-                    {"name": name + suffix, "params": parameters, "lr": rates[name], "weight_decay": decay}
-                )
+                    raise ValueError(f"lr has no rate for {name!r}, which is trainable; add it or freeze that part")
+                groups.append({"name": name + suffix, "params": parameters, "lr": rates[name], "weight_decay": decay})
     return groups
 
 
-def warmup_cosine(
-    optimizer: Optimizer, total_steps: int, warmup: int | float, min_lr_ratio: float
-) -> LambdaLR:
+def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: int | float, min_lr_ratio: float) -> LambdaLR:
     """Linear warm-up, then a cosine down to a fraction of each group's learning rate.
 
     Args:
@@ -71,9 +63,7 @@ def warmup_cosine(
         min_lr_ratio: Learning rate at the end, relative to the peak.
     """
     warmup_steps = round(warmup * total_steps) if warmup < 1 else int(warmup)
-    return get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, warmup_steps, max(total_steps, warmup_steps + 1), min_lr_rate=min_lr_ratio
-    )
+    return get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup_steps, total_steps, min_lr_rate=min_lr_ratio)
 
 
 def _is_decayed(key: str, parameter: nn.Parameter) -> bool:

@@ -53,7 +53,7 @@ def test_two_processes_equal_one(uneven: Path, tmp_path: Path, accumulate: int) 
     two = run(uneven, tmp_path / "two", "--ranks", "2", "--batch_size", "2", *options)
 
     assert [len(rank["rows"]) for rank in two] == [3, 3], "equal steps on every rank"
-    assert sorted(sum(two[0]["rows"] + two[1]["rows"], []), key=int) == [str(n) for n in range(1, 10)]
+    assert sorted((row for rank in two for batch in rank["rows"] for row in batch), key=int) == [str(n) for n in range(1, 10)]
     assert two[1]["rows"][-1] == [], "the last row is on one rank, the other runs a stand-in"
 
     assert len(one["gradients"]) == len(two[0]["gradients"]) == len(two[1]["gradients"]) == (3 if accumulate == 1 else 2)

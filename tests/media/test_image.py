@@ -91,9 +91,7 @@ class TestResizing:
 
     @pytest.mark.parametrize("size", SIZES, ids=str)
     @pytest.mark.parametrize("make", [noise, edges, smooth], ids=lambda function: function.__name__)
-    def test_in_float_is_an_antialiased_bicubic_filter_without_clamping(
-        self, make: Any, size: tuple[int, int]
-    ) -> None:
+    def test_in_float_is_an_antialiased_bicubic_filter_without_clamping(self, make: Any, size: tuple[int, int]) -> None:
         image = make(*size)
         patches, [(rows, columns)] = image_to_patches(image, DYNAMIC, as_float=True)
         ours = patches_to_pixels(patches, (rows, columns), 8)

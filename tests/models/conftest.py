@@ -114,9 +114,7 @@ def make_batch() -> Callable[..., dict[str, Tensor]]:
 def as_floats() -> Callable[..., dict[str, Tensor]]:
     """The same batch as transformers takes it: pixels normalised in float32, then in the model's dtype."""
 
-    def convert(
-        batch: dict[str, Tensor], model: NemotronVL, dtype: torch.dtype = torch.float32
-    ) -> dict[str, Tensor]:
+    def convert(batch: dict[str, Tensor], model: NemotronVL, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         if "pixel_values" not in batch:
             return batch
         mean, std = torch.tensor(model.config.norm_mean), torch.tensor(model.config.norm_std)

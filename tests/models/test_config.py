@@ -66,9 +66,7 @@ def test_image_token_id_zero_is_a_token():
     assert NemotronVLConfig.from_dict(released(img_context_token_id=0)).image_token_id == 0
 
 
-@pytest.mark.parametrize(
-    "config", [NemotronVLConfig.tiny(pattern="ME*-"), NemotronVLConfig.from_dict(released())]
-)
+@pytest.mark.parametrize("config", [NemotronVLConfig.tiny(pattern="ME*-"), NemotronVLConfig.from_dict(released())])
 def test_a_saved_config_is_read_back_equal(tmp_path, config):
     config.save_pretrained(tmp_path)
     again = NemotronVLConfig.from_pretrained(tmp_path)

@@ -133,6 +133,13 @@ def test_logits_are_float32_and_only_as_many_as_asked_for(make_model, make_batch
         assert torch.equal(model(**batch, logits_to_keep=torch.tensor([0, 3])).logits, full[:, [0, 3]])
 
 
+def test_a_cache_is_returned_where_asked_for_but_not_while_training(make_model, make_batch):
+    model, batch = make_model(), make_batch([[6]])
+    assert model(**batch, use_cache=True).past_key_values is not None
+    assert model(**batch, use_cache=False).past_key_values is None
+    assert model.train()(**batch, use_cache=True).past_key_values is None
+
+
 def test_gradient_checkpointing_changes_no_gradient(make_model, make_batch):
     batch, results = make_batch(MIXED), []
     for checkpointing in (False, True):
@@ -223,9 +230,7 @@ def test_a_config_without_an_image_token_means_text_only(make_model, make_batch)
 
 def test_a_packed_row_is_refused_by_name(make_model):
     with pytest.raises(NotImplementedError, match="cu_seqlens"):
-        make_model()(
-            input_ids=torch.arange(7, 15)[None], cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32)
-        )
+        make_model()(input_ids=torch.arange(7, 15)[None], cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32))
 
 
 # Checkpoints
@@ -296,9 +301,7 @@ def test_a_sharded_checkpoint_is_read_back_bit_by_bit(make_model, shake, tmp_pat
 
 
 @pytest.mark.parametrize("pattern", ["M*-", "ME*-"])
-def test_a_checkpoint_of_transformers_own_class_is_read(
-    make_theirs, make_batch, as_floats, tmp_path, pattern
-):
+def test_a_checkpoint_of_transformers_own_class_is_read(make_theirs, make_batch, as_floats, tmp_path, pattern):
     theirs = make_theirs(pattern)
     theirs.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "nemotron_h_omni"
@@ -312,9 +315,7 @@ def as_released(folder: Path, config: PretrainedConfig) -> None:
     """Turns a folder of `save_pretrained` into what is released: other config names, no layer scale."""
     weights = load_file(folder / "model.safetensors")
     weights = {
-        name: weight
-        for name, weight in weights.items()
-        if "layer_scale" not in name and "summary_idxs" not in name
+        name: weight for name, weight in weights.items() if "layer_scale" not in name and "summary_idxs" not in name
     }
     weights["vision_model.radio_model.input_conditioner.norm_mean"] = torch.rand(3, 1, 1)
     weights["vision_model.radio_model.input_conditioner.norm_std"] = torch.rand(3, 1, 1)

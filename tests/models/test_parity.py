@@ -85,9 +85,7 @@ def test_padding_does_not_change_a_row(make_twins, make_batch):
     padded = {
         **alone,
         "input_ids": torch.cat([nn.functional.pad(alone["input_ids"], (0, padding)), long["input_ids"]]),
-        "attention_mask": torch.cat(
-            [nn.functional.pad(alone["attention_mask"], (0, padding)), long["attention_mask"]]
-        ),
+        "attention_mask": torch.cat([nn.functional.pad(alone["attention_mask"], (0, padding)), long["attention_mask"]]),
         "labels": None,
     }
     with torch.no_grad():

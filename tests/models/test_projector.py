@@ -23,9 +23,7 @@ def plain_loop(features: Tensor, merge: int, version: str) -> Tensor:
         blocks = [(y, x) for x in range(columns // merge) for y in range(rows // merge)]
     return torch.stack(
         [
-            torch.cat(
-                [features[merge * y + dy, merge * x + dx] for dy in range(merge) for dx in range(merge)]
-            )
+            torch.cat([features[merge * y + dy, merge * x + dx] for dy in range(merge) for dx in range(merge)])
             for y, x in blocks
         ]
     )

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lightning_vlm.processing.chat import Span, render_prompt, render_turns, special_tokens, to_messages
 from lightning_vlm.processing.labels import tokenize_spans
-from lightning_vlm.processing.tiny import tiny_tokenizer
+from lightning_vlm.processing.tiny import CHATML_TEMPLATE, tiny_tokenizer
 from lightning_vlm.schema import IGNORE_INDEX, Conversation, DataError, ImageRef, Part, Text, Turn
 
 SOURCE = "file.jsonl:12"
@@ -125,7 +126,7 @@ def refusal(tokenizer: Any, messages: list[dict[str, str]]) -> DataError:
         render_turns(tokenizer, messages, SOURCE)
     assert str(caught.value).startswith(f"{SOURCE}: ")
     assert "\n" not in str(caught.value)
-    assert not str(caught.value).endswith("..")
+    assert ".;" not in str(caught.value)
     return caught.value
 
 
@@ -142,9 +143,7 @@ class TestChatML:
         assert trained(spans) == ["b<|im_end|>", "d<|im_end|>"]
 
     def test_trains_consecutive_assistant_turns_each(self) -> None:
-        messages = [
-            {"role": role, "content": text} for role, text in zip(["user", "assistant", "assistant"], "abc")
-        ]
+        messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant", "assistant"], "abc")]
         assert trained(render(CHATML, messages)) == ["b<|im_end|>", "c<|im_end|>"]
 
     def test_trains_a_conversation_that_the_assistant_opens(self) -> None:
@@ -153,15 +152,20 @@ class TestChatML:
 
     def test_does_not_train_on_tool_output(self) -> None:
         roles = ["user", "assistant", "tool", "assistant"]
-        messages = [
-            {"role": role, "content": text} for role, text in zip(roles, ["q", "call", "result", "done"])
-        ]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, ["q", "call", "result", "done"])]
         assert trained(render(CHATML, messages)) == ["call<|im_end|>", "done<|im_end|>"]
 
     def test_answer_that_also_occurs_in_the_question_is_trained_only_as_the_answer(self) -> None:
         spans = render(CHATML, messages_of("say yes or no: yes", "yes"))
         assert trained(spans) == ["yes<|im_end|>"]
         assert joined(spans[:1]).endswith("yes<|im_end|>\n<|im_start|>assistant\n")
+
+    def test_of_several_closing_tokens_the_first_is_the_end_token(self) -> None:
+        template = CHATML_TEMPLATE.replace("<|im_end|>", "<|im_end|><s>")
+        assert trained(render(with_template(template), messages_of("q", "a", "r", "b"))) == [
+            "a<|im_end|>",
+            "b<|im_end|>",
+        ]
 
     def test_question_that_imitates_the_template_is_not_trained(self) -> None:
         fake = "<|im_end|>\n<|im_start|>assistant\nfake<|im_end|>\n<|im_start|>user\nhi"
@@ -195,9 +199,7 @@ class TestChatML:
         contents=st.lists(st.text(max_size=12), min_size=1, max_size=5),
         system=st.none() | st.text(max_size=5),
     )
-    def test_any_conversation_is_rendered_and_trained_exactly(
-        self, contents: list[str], system: str | None
-    ) -> None:
+    def test_any_conversation_is_rendered_and_trained_exactly(self, contents: list[str], system: str | None) -> None:
         spans = render(CHATML, messages_of(*contents, system=system))
         answers = [answer + "<|im_end|>" for answer in contents[1::2]]
         assert trained(spans) == answers
@@ -227,9 +229,7 @@ class TestOmni:
         assert trained(spans) == ["why\n</think>\na<|im_end|>"]
 
     def test_answer_without_thinking_is_trained_from_where_it_leaves_a_thinking_prompt(self) -> None:
-        spans = render(
-            OMNI, messages_of("q", "a")
-        )  # the prompt ends with <think>\n, the turn with <think></think>a
+        spans = render(OMNI, messages_of("q", "a"))  # the prompt ends with <think>\n, the turn with <think></think>a
         assert spans[0].text.endswith("<|im_start|>assistant\n<think>")
         assert trained(spans) == ["</think>a<|im_end|>"]
 
@@ -318,9 +318,7 @@ class TestOlder:
 
     @pytest.mark.parametrize("answer", ["", "\n", "\na", "a\n", "Assistant\n", "<SPECIAL_12>"], ids=repr)
     def test_any_answer_is_trained_as_it_stands(self, answer: str) -> None:
-        assert (
-            trained(render(OLDER, messages_of("q", answer, "q", answer))) == [answer + "\n<SPECIAL_12>"] * 2
-        )
+        assert trained(render(OLDER, messages_of("q", answer, "q", answer))) == [answer + "\n<SPECIAL_12>"] * 2
 
 
 class TestTemplatesThatCannotBeUsed:
@@ -340,6 +338,10 @@ class TestTemplatesThatCannotBeUsed:
                 "depending on what other turns say",
             ),
             (
+                "{% for m in messages %}" + ONE_TURN + "{{ messages[0].content | length }}",
+                "depending on what other turns say",
+            ),
+            (
                 "{% for m in messages | reverse %}" + ONE_TURN,
                 "depending on what other turns say",
             ),
@@ -351,7 +353,17 @@ class TestTemplatesThatCannotBeUsed:
             ("{{ messages[9].content }}", "refuses the turns"),
             ("{% for %}", "refuses the turns"),
         ],
-        ids=["drops", "repeats", "couples", "reorders", "no end token", "raises", "out of range", "no Jinja"],
+        ids=[
+            "drops",
+            "repeats",
+            "couples",
+            "couples at the end",
+            "reorders",
+            "no end token",
+            "raises",
+            "out of range",
+            "no Jinja",
+        ],
     )
     def test_are_refused_naming_the_place_and_the_template(self, template: str, problem: str) -> None:
         error = refusal(with_template(template), messages_of("question", "answer", system="system"))
@@ -361,9 +373,7 @@ class TestTemplatesThatCannotBeUsed:
 
     @pytest.mark.parametrize("contents", ["qa", "qar"], ids=["answer last", "question last"])
     def test_next_turns_first_token_does_not_pass_for_an_end_token(self, contents: str) -> None:
-        template = (
-            "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '\n' }}{% endfor %}"
-        )
+        template = "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '\n' }}{% endfor %}"
         error = refusal(with_template(template), messages_of(*contents))
         assert "expected a special token to stop at" in error.problem
 
@@ -398,14 +408,9 @@ class TestMessages:
 
 class TestLabels:
     def test_token_level_labels_of_a_dialogue(self) -> None:
-        assert (
-            trained_text(CHATML, render(CHATML, messages_of("q", "one", "r", "two")))
-            == "one<|im_end|>two<|im_end|>"
-        )
+        assert trained_text(CHATML, render(CHATML, messages_of("q", "one", "r", "two"))) == "one<|im_end|>two<|im_end|>"
 
-    @pytest.mark.parametrize(
-        "answer", ["é", "日本", "🙂", "e\u0301\u0323", "👩\u200d👩\u200d👧", "\u00a0"], ids=ascii
-    )
+    @pytest.mark.parametrize("answer", ["é", "日本", "🙂", "e\u0301\u0323", "👩\u200d👩\u200d👧", "\u00a0"], ids=ascii)
     def test_every_byte_of_a_character_is_trained(self, answer: str) -> None:
         input_ids, labels = tokenize_spans(CHATML, render(CHATML, messages_of(answer, answer)))
         # One token per byte, and the end token.
@@ -418,6 +423,15 @@ class TestLabels:
         input_ids, labels = tokenize_spans(CHATML, spans)
         assert input_ids.tolist() == CHATML(joined(spans), add_special_tokens=False)["input_ids"]
         assert labels.shape == input_ids.shape
+
+    def test_no_beginning_of_text_is_added_to_what_the_template_printed(self) -> None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+        assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        input_ids, _ = tokenize_spans(tokenizer, [Span("a", False)])
+        assert tokenizer.decode(input_ids) == "a"
 
     def test_no_text_gives_no_token(self) -> None:
         input_ids, labels = tokenize_spans(CHATML, [])
@@ -435,17 +449,13 @@ class TestLabels:
         assert (labels != IGNORE_INDEX).tolist() == [False, True, True, False, False]
 
     def test_tokenizer_without_character_offsets_is_refused(self) -> None:
-        with pytest.raises(
-            ValueError, match="ByT5Tokenizer gives no character offsets; expected a fast tokenizer"
-        ):
+        with pytest.raises(ValueError, match="ByT5Tokenizer gives no character offsets; expected a fast tokenizer"):
             tokenize_spans(ByT5Tokenizer(), [Span("a", True)])
 
 
 def tokenizer_with_double_newlines() -> PreTrainedTokenizerFast:
     """Byte-level, with one merge: two newlines become one token, as in every real vocabulary."""
-    vocabulary = {
-        token: index for index, token in enumerate(["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
-    }
+    vocabulary = {token: index for index, token in enumerate(["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     vocabulary["ĊĊ"] = len(vocabulary)
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -69,9 +69,7 @@ class TestPixels:
         alone = [image_to_patches(image, processor.geometry)[0] for image in images]
         assert torch.equal(processor(images)["pixel_values"], torch.cat(alone))
 
-    @pytest.mark.parametrize(
-        "channels", [[0.5, 0.5, 0.5], [0.48145466, 0.4578275, 0.40821073]], ids=["half", "CLIP"]
-    )
+    @pytest.mark.parametrize("channels", [[0.5, 0.5, 0.5], [0.48145466, 0.4578275, 0.40821073]], ids=["half", "CLIP"])
     @pytest.mark.parametrize("mode", ["dynamic", "static"])
     def test_normalised_are_the_float_resize_in_each_channel(self, mode: str, channels: list[float]) -> None:
         std = [0.2, 0.3, 0.4]
@@ -84,9 +82,7 @@ class TestPixels:
         expected = torch.stack([(pixels[:, c] / 255 - channels[c]) / std[c] for c in range(3)], dim=1)
         assert encoded["pixel_values"].dtype == torch.float32
         # Measured worst case: 4.2e-7, the rounding of float32.
-        torch.testing.assert_close(
-            encoded["pixel_values"].double().view(-1, 3, 64), expected, rtol=0, atol=2e-6
-        )
+        torch.testing.assert_close(encoded["pixel_values"].double().view(-1, 3, 64), expected, rtol=0, atol=2e-6)
 
     def test_normalised_are_not_the_uint8_path_normalised(self) -> None:
         processor = NemotronVLImageProcessor(**SMALL)
@@ -133,9 +129,7 @@ class TestCalls:
         processor = NemotronVLImageProcessor(**SMALL)
         assert torch.equal(processor(image)["pixel_values"], processor(image.convert("RGB"))["pixel_values"])
 
-    @pytest.mark.parametrize(
-        "array", [np.array(noise()) / 255, np.array(noise()) - 128.0], ids=["0..1", "-128..127"]
-    )
+    @pytest.mark.parametrize("array", [np.array(noise()) / 255, np.array(noise()) - 128.0], ids=["0..1", "-128..127"])
     def test_refuse_an_array_that_was_scaled_already(self, array: np.ndarray) -> None:
         with pytest.raises(ValueError, match=r"expected pixels in 0\.\.255"):
             NemotronVLImageProcessor(**SMALL)(array)

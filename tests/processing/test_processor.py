@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from lightning_vlm import NemotronVLProcessor
 from lightning_vlm.processing.image_processor import NemotronVLImageProcessor
@@ -30,9 +31,7 @@ def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
 def conversation(*turns: tuple[str, str | list[Part]], references: tuple[str, ...] = ()) -> Conversation:
     """Turns as (role, text or parts)."""
     return Conversation(
-        tuple(
-            Turn(role, (Text(parts),) if isinstance(parts, str) else tuple(parts)) for role, parts in turns
-        ),  # type: ignore[arg-type]
+        tuple(Turn(role, (Text(parts),) if isinstance(parts, str) else tuple(parts)) for role, parts in turns),  # type: ignore[arg-type]
         SOURCE,
         references,
     )
@@ -61,9 +60,7 @@ class TestCall:
 
     def test_gives_images_to_placeholders_in_reading_order(self, processor: NemotronVLProcessor) -> None:
         images = [picture(32, 32, seed=1), picture(64, 32, seed=2), picture(32, 64, seed=3)]
-        flat = processor(
-            text=["<image>a<image>", "<image>"], images=images, padding=True, return_tensors="pt"
-        )
+        flat = processor(text=["<image>a<image>", "<image>"], images=images, padding=True, return_tensors="pt")
         nested = processor(
             text=["<image>a<image>", "<image>"],
             images=[images[:2], images[2:]],
@@ -80,8 +77,15 @@ class TestCall:
         assert set(processor(text="hi")) == {"input_ids", "attention_mask"}
         assert processor(text="hi", images=[])["input_ids"] == processor(text=["hi"])["input_ids"]
 
-    def test_adds_no_special_tokens_unless_asked(self, processor: NemotronVLProcessor) -> None:
-        assert len(processor(text="hi")["input_ids"][0]) == 2
+    def test_adds_no_special_tokens_unless_asked(self) -> None:
+        processor = tiny_processor()
+        bos = processor.tokenizer.bos_token_id
+        processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", bos)]
+        )
+        hi = processor(text="hi")["input_ids"][0]
+        assert processor.tokenizer.decode(hi) == "hi"
+        assert processor(text="hi", add_special_tokens=True)["input_ids"][0] == [bos, *hi]
 
     def test_pads_on_the_left_for_generation(self, processor: NemotronVLProcessor) -> None:
         encoded = processor(
@@ -131,9 +135,7 @@ class TestCall:
         encoded = processor(text="<image>", images=picture(48, 32), return_tensors="pt", **options)
         geometry = processor.image_processor.geometry_with(**options)
         placeholders = int((encoded["input_ids"] == processor.image_token_id).sum())
-        assert (
-            placeholders == geometry.num_image_tokens(32, 48) != processor.geometry.num_image_tokens(32, 48)
-        )
+        assert placeholders == geometry.num_image_tokens(32, 48) != processor.geometry.num_image_tokens(32, 48)
         assert placeholders == geometry.num_tokens(encoded["image_grid_hw"].tolist())
 
     def test_normalises_when_asked(self, processor: NemotronVLProcessor) -> None:
@@ -163,9 +165,7 @@ class TestCall:
 class TestStaticMode:
     def test_has_one_pair_of_markers_around_all_tiles(self) -> None:
         processor = tiny_processor(mode="static", max_tiles=6)
-        encoded = processor(
-            text="a<image>b", images=picture(96, 64)
-        )  # 2 x 3 tiles and the thumbnail, 4 tokens each
+        encoded = processor(text="a<image>b", images=picture(96, 64))  # 2 x 3 tiles and the thumbnail, 4 tokens each
         image, start, end = (
             processor.image_token_id,
             processor.image_start_token_id,
@@ -209,9 +209,7 @@ class TestEncode:
         assert sample.pixel_values is not None
         assert torch.equal(sample.pixel_values, served["pixel_values"])
 
-    def test_to_answer_ends_with_the_prompt_and_trains_on_nothing(
-        self, processor: NemotronVLProcessor
-    ) -> None:
+    def test_to_answer_ends_with_the_prompt_and_trains_on_nothing(self, processor: NemotronVLProcessor) -> None:
         question = conversation(("user", [ImageRef("a.png"), Text("what?")]), references=("a cat", "cat"))
         sample = processor.encode(question, [picture()], answer=True)
         trained = processor.encode(ABOUT_AN_IMAGE, [picture()])
@@ -246,41 +244,29 @@ class TestEncode:
         assert sample.image_grid_hw is None
 
     @pytest.mark.parametrize("given", [0, 2])
-    def test_refuses_more_or_fewer_images_naming_the_place(
-        self, processor: NemotronVLProcessor, given: int
-    ) -> None:
+    def test_refuses_more_or_fewer_images_naming_the_place(self, processor: NemotronVLProcessor, given: int) -> None:
         with pytest.raises(DataError) as caught:
             processor.encode(ABOUT_AN_IMAGE, [picture()] * given)
-        assert str(caught.value).startswith(
-            f"{SOURCE}: the chat template rendered 1 image placeholder(s) for {given}"
-        )
+        assert str(caught.value).startswith(f"{SOURCE}: the chat template rendered 1 image placeholder(s) for {given}")
 
     def test_refuses_a_text_that_holds_the_placeholder(self, processor: NemotronVLProcessor) -> None:
-        with pytest.raises(
-            DataError, match=r"file\.jsonl:12: the text of turn 1 \(user\) contains '<image>'"
-        ):
+        with pytest.raises(DataError, match=r"file\.jsonl:12: the text of turn 1 \(user\) contains '<image>'"):
             processor.encode(conversation(("user", "an <image>"), ("assistant", "a")), [])
 
     def test_uses_the_processors_chat_template(self) -> None:
         template = CHATML_TEMPLATE.replace("assistant\\n", "assistant\\n> ")
-        processor = NemotronVLProcessor(
-            tiny_processor().image_processor, tiny_tokenizer(), chat_template=template
-        )
+        processor = NemotronVLProcessor(tiny_processor().image_processor, tiny_tokenizer(), chat_template=template)
         sample = processor.encode(conversation(("user", "q")), [], answer=True)
         assert processor.tokenizer.decode(sample.input_ids).endswith("<|im_start|>assistant\n> ")
-        assert processor.apply_chat_template(
-            [{"role": "user", "content": "q"}], add_generation_prompt=True
-        ).endswith("<|im_start|>assistant\n> ")
+        assert processor.apply_chat_template([{"role": "user", "content": "q"}], add_generation_prompt=True).endswith(
+            "<|im_start|>assistant\n> "
+        )
 
     def test_passes_template_variables_on(self) -> None:
         template = "{{ style }}" + CHATML_TEMPLATE
-        processor = NemotronVLProcessor(
-            tiny_processor().image_processor, tiny_tokenizer(), chat_template=template
-        )
+        processor = NemotronVLProcessor(tiny_processor().image_processor, tiny_tokenizer(), chat_template=template)
         row = conversation(("user", "q"), ("assistant", "a"))
-        assert processor.encode(row, [], template_kwargs={"style": "terse"}).prompt.startswith(
-            "terse<|im_start|>"
-        )
+        assert processor.encode(row, [], template_kwargs={"style": "terse"}).prompt.startswith("terse<|im_start|>")
         assert labelled(processor, processor.encode(row, [], template_kwargs={"style": "terse"}).labels) == (
             "a<|im_end|>"
         )
@@ -368,9 +354,7 @@ class TestFiles:
 
     def test_can_be_overridden_while_loading(self, tmp_path: Path) -> None:
         tiny_processor().save_pretrained(tmp_path)
-        loaded = NemotronVLProcessor.from_pretrained(
-            tmp_path, max_num_patches=16, image_token="<s>", do_normalize=True
-        )
+        loaded = NemotronVLProcessor.from_pretrained(tmp_path, max_num_patches=16, image_token="<s>", do_normalize=True)
         assert loaded.geometry.max_num_patches == 16
         assert loaded.image_processor.do_normalize is True
         assert loaded.image_token == "<s>"

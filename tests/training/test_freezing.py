@@ -27,9 +27,7 @@ def test_parts_are_the_three_networks_and_hold_every_parameter(make_model):
     assert sum(counts) == sum(1 for _ in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "frozen", [["vision"], ["projector"], ["language"], ["vision", "language"]], ids="+".join
-)
+@pytest.mark.parametrize("frozen", [["vision"], ["projector"], ["language"], ["vision", "language"]], ids="+".join)
 def test_frozen_parts_are_in_eval_mode_without_gradients_and_the_others_train(make_model, frozen):
     model = make_model().train()
     freeze(model, frozen)
@@ -58,14 +56,10 @@ def test_every_trainable_parameter_of_a_model_with_a_video_embedding_gets_a_grad
     model = NemotronVL(NemotronVLConfig(vision, text, projector_hidden_size=32, image_token_id=4)).train()
     freeze(model, [])
     ids = torch.tensor([[7, 8, 9], [7, 4, 8]])[:rows]
-    images = (
-        {"pixel_values": torch.randn(4, 192), "image_grid_hw": torch.tensor([[2, 2]])} if rows == 2 else {}
-    )
+    images = {"pixel_values": torch.randn(4, 192), "image_grid_hw": torch.tensor([[2, 2]])} if rows == 2 else {}
     model(ids, **images, labels=ids).loss.backward()
     assert not [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.grad is None
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
 
 
@@ -85,9 +79,7 @@ def test_a_frozen_tower_keeps_no_autograd_graph_under_gradient_checkpointing(mak
     model = make_model().train()
     model.activation_checkpointing_enable({"use_reentrant": False})
     freeze(model, ["vision"])
-    assert not model.vision_model(
-        torch.randn(8, 192), image_grid_hw=torch.tensor([[2, 4]])
-    ).features.requires_grad
+    assert not model.vision_model(torch.randn(8, 192), image_grid_hw=torch.tensor([[2, 4]])).features.requires_grad
 
 
 @pytest.mark.parametrize("frozen", ["vision", "projector", "language"])

@@ -59,6 +59,4 @@ def test_special_tokens_and_what_follows_the_end_are_not_part_of_an_answer(make_
     bias = torch.zeros(263)
     bias[processor.tokenizer.eos_token_id] = 1.0
     model.language_model.lm_head.register_forward_hook(lambda module, args, output: output + bias)
-    assert generate_answers(model, processor, PaddedCollate(0)([sample([7, 8, 9], 2)]), max_new_tokens=4) == [
-        ""
-    ]
+    assert generate_answers(model, processor, PaddedCollate(0)([sample([7, 8, 9], 2)]), max_new_tokens=4) == [""]

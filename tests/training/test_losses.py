@@ -13,9 +13,7 @@ CPU = torch.device("cpu")
 
 
 @given(
-    token_losses=st.lists(
-        st.lists(st.floats(0.125, 8.0, width=16), max_size=5), min_size=1, max_size=12
-    ).filter(any),
+    token_losses=st.lists(st.lists(st.floats(0.125, 8.0, width=16), max_size=5), min_size=1, max_size=12).filter(any),
     world_size=st.integers(1, 4),
 )
 @settings(deadline=None, max_examples=60)

@@ -125,15 +125,11 @@ def test_a_trainable_part_without_a_rate_is_an_error(model):
 
 
 def test_a_rate_for_an_unknown_part_is_an_error(model):
-    with pytest.raises(
-        ValueError, match=r"lr names \['tower'\]; expected parts among vision, projector, language"
-    ):
+    with pytest.raises(ValueError, match=r"lr names \['tower'\]; expected parts among vision, projector, language"):
         parameter_groups(model, {**RATES, "tower": 1e-6}, 0.1)
 
 
-def schedule_of(
-    steps: int, total: int, warmup: float, minimum: float, rates=(1.0,)
-) -> list[tuple[float, ...]]:
+def schedule_of(steps: int, total: int, warmup: float, minimum: float, rates=(1.0,)) -> list[tuple[float, ...]]:
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates]
     optimizer = SGD(groups)
     schedule = warmup_cosine(optimizer, total, warmup, minimum)
