@@ -187,7 +187,7 @@ class VLMBatch:
 
     def model_inputs(self) -> dict[str, Tensor]:
         """The tensors that `NemotronVL.forward` takes, without labels."""
-        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_hw", "cu_seqlens")
+        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_hw", "num_images", "cu_seqlens")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:

@@ -6,7 +6,7 @@ would train every following image on the wrong picture.
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 
 from torch import Tensor
 
@@ -23,7 +23,13 @@ class FusionError(ValueError):
         self.row = row
 
 
-def fuse(inputs_embeds: Tensor, features: Tensor, is_placeholder: Tensor, tokens_per_image: list[int]) -> Tensor:
+def fuse(
+    inputs_embeds: Tensor,
+    features: Tensor,
+    is_placeholder: Tensor,
+    tokens_per_image: list[int],
+    num_images: list[int] | None = None,
+) -> Tensor:
     """Writes features over the embeddings of placeholder tokens.
 
     Args:
@@ -31,14 +37,18 @@ def fuse(inputs_embeds: Tensor, features: Tensor, is_placeholder: Tensor, tokens
         features: ``(num_features, D)``, images in reading order over the rows of the batch.
         is_placeholder: ``(B, T)`` bool.
         tokens_per_image: Features of each image, summing to ``num_features``.
+        num_images: Images of each row, where known: then every row is checked against its own images.
 
     Returns:
         ``(B, T, D)``; the input is not changed.
 
     Raises:
-        FusionError: If a row's placeholders are not the features of whole images.
+        FusionError: If a row's placeholders are not the features of its images.
     """
-    images_per_row(is_placeholder, tokens_per_image)
+    if num_images is None:
+        images_per_row(is_placeholder, tokens_per_image)
+    else:
+        check_rows(is_placeholder, tokens_per_image, num_images)
     mask = is_placeholder.unsqueeze(-1).expand_as(inputs_embeds)
     return inputs_embeds.masked_scatter(mask, features.to(inputs_embeds.dtype))
 
@@ -68,6 +78,28 @@ def images_per_row(is_placeholder: Tensor, tokens_per_image: list[int]) -> list[
     if image_ends[ends[-1]] < len(tokens_per_image):
         raise _mismatch(per_row, tokens_per_image, None)
     return [image_ends[end] - image_ends[start] for start, end in pairwise(ends)]
+
+
+def check_rows(is_placeholder: Tensor, tokens_per_image: list[int], num_images: list[int]) -> None:
+    """Checks each row's placeholders against its own images.
+
+    Args:
+        is_placeholder: ``(B, T)`` bool.
+        tokens_per_image: Features of each image in reading order.
+        num_images: Images of each row.
+
+    Raises:
+        FusionError: If a row's placeholders are more or fewer than its images' features.
+    """
+    remaining = iter(tokens_per_image)
+    for row, (found, count) in enumerate(zip(is_placeholder.sum(-1).tolist(), num_images, strict=True)):
+        tokens = list(islice(remaining, count))
+        if found != sum(tokens):
+            raise FusionError(
+                f"row {row} has {found} image placeholder tokens for {sum(tokens)} features of its {count} image(s); "
+                "prepare text and images with one processor, and cut no text inside an image",
+                row,
+            )
 
 
 def _mismatch(per_row: list[int], tokens_per_image: list[int], row: int | None) -> FusionError:

@@ -144,6 +144,7 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_hw: Tensor | None = None,
+        num_images: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -163,6 +164,7 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
                 their state.
             pixel_values: ``(num_patches, 3 * patch_size**2)``, images in reading order over the rows.
             image_grid_hw: ``(num_images, 2)``.
+            num_images: ``(B,)`` images of each row, if known: a mismatch is then found and named row by row.
             position_ids: ``(B, T)``; the language model has no positional encoding, they only shape masks.
             past_key_values: Cache of a generation in progress.
             inputs_embeds: ``(B, T, D)`` instead of ``input_ids`` (text only).
@@ -188,7 +190,7 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        inputs_embeds = self._with_images(inputs_embeds, input_ids, pixel_values, image_grid_hw)
+        inputs_embeds = self._with_images(inputs_embeds, input_ids, pixel_values, image_grid_hw, num_images)
 
         outputs = self.language_model.model(
             inputs_embeds=inputs_embeds,
@@ -253,13 +255,15 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None,
         pixel_values: Tensor | None,
         grids: Tensor | None,
+        num_images: Tensor | None,
     ) -> Tensor:
         is_placeholder = None if input_ids is None else self._is_placeholder(input_ids)
         if pixel_values is not None:
             if is_placeholder is None or grids is None:
                 raise FusionError("pixel_values needs input_ids (placeholder positions) and image_grid_hw beside it")
             features, tokens_per_image = self.get_image_features(pixel_values, grids)
-            return fuse(inputs_embeds, features, is_placeholder, tokens_per_image)
+            known = None if num_images is None else num_images.tolist()
+            return fuse(inputs_embeds, features, is_placeholder, tokens_per_image, known)
         if is_placeholder is not None and input_ids is not None and input_ids.shape[1] > 1 and is_placeholder.any():
             row = int(is_placeholder.any(-1).nonzero()[0])
             raise FusionError(

@@ -107,3 +107,14 @@ def test_a_mismatch_names_the_row_and_both_numbers(rows, tokens_per_image, row, 
 def test_a_long_list_of_images_is_shortened_in_the_message():
     with pytest.raises(FusionError, match=r"20 image\(s\) \(1, 1, 1, 1, 1, 1, 1, 1, \.\.\.\)"):
         images_per_row(placeholders("." * 5), [1] * 20)
+
+
+def test_known_rows_are_checked_each_by_itself() -> None:
+    """Equal totals, and every row ends with an image: only the rows' own images tell that one has moved."""
+    is_placeholder = torch.tensor([[True, True, True, True], [False, False, True, True]])
+    embeds, features = torch.zeros(2, 4, 3), torch.ones(6, 3)
+    fuse(embeds, features, is_placeholder, [2, 2, 2])  # without that knowledge: two images, then one
+    fuse(embeds, features, is_placeholder, [2, 2, 2], num_images=[2, 1])
+    with pytest.raises(FusionError, match=r"row 0 has 4 image placeholder tokens for 2 features of its 1 image") as error:
+        fuse(embeds, features, is_placeholder, [2, 2, 2], num_images=[1, 2])
+    assert error.value.row == 0
