@@ -135,8 +135,8 @@ def fit_dynamic_grids(
 ) -> list[Grid]:
     """Grids of several images that share one context of ``max_tokens`` tokens.
 
-    The images are scaled down together, in proportion, until their sum fits or each is at the minimum (at
-    most ten rounds). Source: vLLM's nano_nemotron_vl; transformers does not scale across images.
+    The images are scaled down together, in proportion, until their sum fits or each is at the minimum.
+    Source: vLLM's nano_nemotron_vl, which gives up after ten rounds; transformers does not scale across images.
 
     Args:
         sizes: (height, width) in pixels per image.
@@ -147,15 +147,14 @@ def fit_dynamic_grids(
     minimum = geometry.min_num_patches
     available = max((max_tokens - text_tokens - 4) * geometry.merge_size**2, minimum * len(sizes))
     budgets = [max(min(available, geometry.max_num_patches), minimum)] * len(sizes)
-    grids: list[Grid] = []
-    for _ in range(10):
+    while True:
         grids = [dynamic_grid(h, w, budget, geometry) for (h, w), budget in zip(sizes, budgets)]
         patches = [rows * columns for rows, columns in grids]
-        if sum(patches) <= available:
-            break
         scaled = [max(minimum, int(count * available / sum(patches))) for count in patches]
-        budgets = scaled if any(new < old for new, old in zip(scaled, budgets)) else [minimum] * len(sizes)
-    return grids
+        smaller = [min(budget, count) for budget, count in zip(budgets, scaled)]
+        if sum(patches) <= available or smaller == budgets:
+            return grids
+        budgets = smaller
 
 
 def tile_ratio(height: int, width: int, geometry: ImageGeometry) -> Grid:

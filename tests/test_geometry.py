@@ -147,6 +147,16 @@ class TestDynamicMode:
         assert sum(rows * columns for rows, columns in grids) <= max(context, 1024 * len(sizes))
         assert all(rows % 2 == columns % 2 == 0 and rows * columns >= 4 for rows, columns in grids)
 
+    def test_one_large_image_among_small_ones_gives_way_until_all_fit(self) -> None:
+        # The small ones cannot shrink, so each round takes a little from the large one: more than ten are needed.
+        sizes = [(2000, 4000)] + [(530, 512)] * 5
+        grids = fit_dynamic_grids(sizes, OMNI, max_tokens=1559)
+        assert OMNI.num_tokens(grids) <= 1559 - 4
+
+    def test_context_smaller_than_one_token_per_image_gives_one_each(self) -> None:
+        geometry = ImageGeometry(merge_size=3, tile_size=480, min_num_patches=1)
+        assert fit_dynamic_grids([(500, 500)] * 3, geometry, max_tokens=1) == [(3, 3)] * 3
+
     def test_images_with_room_enough_are_not_scaled(self) -> None:
         sizes = [(224, 224), (1080, 1920)]
         grids = fit_dynamic_grids(sizes, OMNI, max_tokens=16384)

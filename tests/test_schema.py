@@ -118,13 +118,14 @@ class TestBatch:
 
     def test_gives_the_model_its_inputs_and_no_labels(self) -> None:
         batch = make_batch()
-        names = {"input_ids", "attention_mask", "pixel_values", "image_grid_hw"}
+        names = {"input_ids", "attention_mask", "num_images", "pixel_values", "image_grid_hw"}
         assert set(batch.model_inputs()) == names
         assert batch.model_inputs()["pixel_values"] is batch.pixel_values
         assert set(make_batch(cu_seqlens=torch.tensor([0, 4, 6])).model_inputs()) == {*names, "cu_seqlens"}
         assert set(make_batch(pixel_values=None, image_grid_hw=None).model_inputs()) == {
             "input_ids",
             "attention_mask",
+            "num_images",
         }
 
     def test_moves_every_tensor_and_only_tensors(self) -> None:

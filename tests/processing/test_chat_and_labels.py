@@ -335,7 +335,7 @@ class TestTemplatesThatCannotBeUsed:
             ),
             (
                 "{% for m in messages %}{{ messages[1].content | length }}" + ONE_TURN,
-                "depending on what other turns say",
+                "renders turn 2 differently depending on what other turns say",
             ),
             (
                 "{% for m in messages %}" + ONE_TURN + "{{ messages[0].content | length }}",

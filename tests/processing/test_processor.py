@@ -253,6 +253,13 @@ class TestEncode:
         with pytest.raises(DataError, match=r"file\.jsonl:12: the text of turn 1 \(user\) contains '<image>'"):
             processor.encode(conversation(("user", "an <image>"), ("assistant", "a")), [])
 
+    def test_refuses_a_tokenizer_that_splits_the_placeholder(self) -> None:
+        tokenizer = tiny_tokenizer()
+        processor = NemotronVLProcessor(tiny_processor().image_processor, tokenizer)
+        tokenizer.split_special_tokens = True  # special tokens are read as ordinary text
+        with pytest.raises(DataError, match=r"file\.jsonl:12: 0 image placeholders were tokenised, expected 4"):
+            processor.encode(ABOUT_AN_IMAGE, [picture()])
+
     def test_uses_the_processors_chat_template(self) -> None:
         template = CHATML_TEMPLATE.replace("assistant\\n", "assistant\\n> ")
         processor = NemotronVLProcessor(tiny_processor().image_processor, tiny_tokenizer(), chat_template=template)
