@@ -71,7 +71,9 @@ def main() -> None:
     for name, way in WAYS.items():
         command = [sys.executable, __file__, *sizes, "--way", way]
         results[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print(f"{options.tokens} tokens, 10 % labelled, width {options.width}, vocabulary {options.vocabulary}, fp32 on CPU")
+    print(
+        f"{options.tokens} tokens, 10 % labelled, width {options.width}, vocabulary {options.vocabulary}, fp32 on CPU"
+    )
     print(f"{'':38} {'seconds':>8} {'ratio':>6} {'peak MiB':>9} {'ratio':>6} {'loss':>9}")
     base = next(iter(results.values()))
     for name, result in results.items():

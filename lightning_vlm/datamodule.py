@@ -229,8 +229,10 @@ class VLMDataModule(L.LightningDataModule):
         return (ranks["num_replicas"], ranks["rank"]) if ranks else (1, 0)
 
     def _pins_memory(self) -> bool:
-        return self.trainer is not None and isinstance(self.trainer.strategy.root_device, torch.device) and (
-            self.trainer.strategy.root_device.type == "cuda"
+        return (
+            self.trainer is not None
+            and isinstance(self.trainer.strategy.root_device, torch.device)
+            and (self.trainer.strategy.root_device.type == "cuda")
         )
 
 

@@ -24,9 +24,7 @@ from lightning_vlm.processing.tiny import tiny_processor
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-torch.set_num_threads(
-    1
-)  # tensors are tiny: on two busy cores threads made the same tests thirty times slower
+torch.set_num_threads(1)  # tensors are tiny: on two busy cores threads made the same tests thirty times slower
 
 
 @pytest.fixture(autouse=True)
@@ -88,10 +86,7 @@ def make_task(write_rows: Callable[..., Path], write_image: Callable[..., str]) 
     def make(count: int = 12, name: str = "rows.jsonl", answers: bool = True) -> Path:
         rows: list[dict[str, Any]] = []
         for index in range(count):
-            images = [
-                write_image(f"{name}-{index}-{k}.png", 16 + 8 * (index % 4), 16, index)
-                for k in range(index % 3)
-            ]
+            images = [write_image(f"{name}-{index}-{k}.png", 16 + 8 * (index % 4), 16, index) for k in range(index % 3)]
             turns = [{"role": "user", "content": "<image>" * len(images) + f"question {index}"}]
             if answers:
                 turns.append({"role": "assistant", "content": "word " * (1 + 5 * (index % 3)) + str(index)})

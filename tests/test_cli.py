@@ -48,7 +48,11 @@ def config(make_task: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.M
         },
         "model": {"model_id": "model", "init": "random", "max_new_tokens": 2},
         "data": {
-            "train": "train.jsonl", "val": "val.jsonl", "test": ["test.jsonl"], "predict": "ask.jsonl", "batch_size": 2,
+            "train": "train.jsonl",
+            "val": "val.jsonl",
+            "test": ["test.jsonl"],
+            "predict": "ask.jsonl",
+            "batch_size": 2,
         },
     }
     Path("config.yaml").write_text(yaml.safe_dump(options))
@@ -75,8 +79,17 @@ def test_fit_test_predict_leave_a_run_folder(config: Path, capsys: pytest.Captur
     rows = logged("run/metrics/version_0/metrics.csv")
     columns = {name for row in rows for name, value in row.items() if value}
     assert {
-        "train/loss", "train/grad_norm", "val/loss", "val/gen/exact_match", "val/gen/anls", "perf/tokens_per_s",
-        "perf/images_per_s", "perf/data_wait_frac", "lr-AdamW/vision", "lr-AdamW/projector", "lr-AdamW/language",
+        "train/loss",
+        "train/grad_norm",
+        "val/loss",
+        "val/gen/exact_match",
+        "val/gen/anls",
+        "perf/tokens_per_s",
+        "perf/images_per_s",
+        "perf/data_wait_frac",
+        "lr-AdamW/vision",
+        "lr-AdamW/projector",
+        "lr-AdamW/language",
     } <= columns
     assert "val at step 6" in Path("run/predictions_val.html").read_text()
 
@@ -193,9 +206,7 @@ def test_a_missing_model_folder_is_named(config: Path, capsys: pytest.CaptureFix
 WANDB = [{"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"save_dir": "run", "project": "p"}}]
 
 
-def test_wandb_offline_when_nobody_is_logged_in(
-    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_wandb_offline_when_nobody_is_logged_in(config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

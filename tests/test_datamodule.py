@@ -38,7 +38,9 @@ def test_building_it_reads_nothing_and_touches_no_device(monkeypatch: pytest.Mon
     VLMDataModule(train=str(tmp_path / "absent.jsonl"), processor="absent", num_workers=2)
 
 
-def test_epoch_holds_every_row_of_every_file_once(make_task: Callable[..., Path], processor: NemotronVLProcessor) -> None:
+def test_epoch_holds_every_row_of_every_file_once(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor
+) -> None:
     files = [make_task(5, "a.jsonl"), make_task(4, "b.jsonl")]
     data = VLMDataModule(train=[str(file) for file in files], processor=processor, batch_size=2)
     data.setup("fit")
@@ -76,7 +78,11 @@ def test_images_come_from_the_files_folder_or_the_media_root(
 @pytest.mark.parametrize(
     ("selection", "error", "message"),
     [
-        ({"sampler": "length_grouped"}, NotImplementedError, "sampler='length_grouped' is not available yet; use sampler='shuffle'"),
+        (
+            {"sampler": "length_grouped"},
+            NotImplementedError,
+            "sampler='length_grouped' is not available yet; use sampler='shuffle'",
+        ),
         ({"sampler": "token_budget"}, NotImplementedError, "sampler='token_budget' is not available yet"),
         ({"packing": True}, NotImplementedError, "packing=True is not available yet; use packing=False"),
         ({"collate": "packed"}, NotImplementedError, "collate='packed' is not available yet; use collate='padded'"),

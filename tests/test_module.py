@@ -124,7 +124,9 @@ def test_gradient_checkpointing_changes_no_gradient(
         torch.testing.assert_close(checkpointed.steps[0][name], expected, rtol=0, atol=1e-6, msg=name)
 
 
-def test_frozen_parts_stay_and_trained_parts_move(make_task: Callable[..., Path], processor: NemotronVLProcessor) -> None:
+def test_frozen_parts_stay_and_trained_parts_move(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor
+) -> None:
     L.seed_everything(3, verbose=False)
     before = NemotronVLModule(config=NemotronVLConfig.tiny(**TINY)).network.state_dict()
     after = run(make_task(4), processor, freeze=["vision", "language"], lr={"projector": 1e-2}).network.state_dict()
@@ -158,7 +160,9 @@ def test_the_schedule_ends_with_the_run(
     assert counted["ours"] == expected == module.trainer.global_step
 
 
-def test_overfit_batches_repeats_the_same_batches(make_task: Callable[..., Path], processor: NemotronVLProcessor) -> None:
+def test_overfit_batches_repeats_the_same_batches(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor
+) -> None:
     seen: list[list[str]] = []
 
     class Note(L.Callback):
@@ -265,6 +269,8 @@ def test_schedule_values_are_logged_per_part(make_task: Callable[..., Path], pro
     module = run(make_task(8), processor, batch_size=2, lr={"vision": 1.0, "projector": 2.0, "language": 3.0})
     groups = {group["name"]: group for group in module.trainer.optimizers[0].param_groups}
     assert {name: group["initial_lr"] for name, group in groups.items() if "/" not in name} == {
-        "vision": 1.0, "projector": 2.0, "language": 3.0,
+        "vision": 1.0,
+        "projector": 2.0,
+        "language": 3.0,
     }
     assert all(math.isclose(group["lr"], 0.1 * group["initial_lr"], rel_tol=1e-6) for group in groups.values())

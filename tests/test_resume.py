@@ -68,7 +68,12 @@ def fit(
 
 def every_step(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(
-        folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_last=True, save_on_exception=True,
+        folder,
+        "{step}",
+        every_n_train_steps=1,
+        save_top_k=-1,
+        save_last=True,
+        save_on_exception=True,
         save_on_train_epoch_end=True,
     )
 
@@ -139,7 +144,9 @@ def test_resume_with_another_plan_is_refused_and_says_why(make_task: Callable[..
 def test_rewind_leaves_a_checkpoint_between_steps_alone() -> None:
     counters = {"ready": 4, "started": 4, "processed": 4, "completed": 3}
     checkpoint = {
-        "loops": {"fit_loop": {"epoch_loop.batch_progress": {"current": counters, "total": dict(counters)}, "state_dict": {}}}
+        "loops": {
+            "fit_loop": {"epoch_loop.batch_progress": {"current": counters, "total": dict(counters)}, "state_dict": {}}
+        }
     }
     assert rewind_to_last_step(checkpoint, "VLMDataModule", applied=4) == 0
     assert counters == {"ready": 4, "started": 4, "processed": 4, "completed": 3}
@@ -176,7 +183,9 @@ def test_a_killed_process_resumes_to_the_same_weights(
 
     def start(folder: Path, pause: float) -> subprocess.Popen[str]:
         command = [sys.executable, str(script), str(file), str(folder), str(pause)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
+        )
 
     whole = tmp_path / "whole"
     assert start(whole, 0).wait() == 0

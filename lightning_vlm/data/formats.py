@@ -53,9 +53,7 @@ def parse_row(row: Any, source: str, needs_answer: bool = True) -> Conversation:
     if not isinstance(raw, list):
         raise DataError(source, f"the turns are {_kind(raw)}, expected a list", "write the turns as a list of objects")
 
-    turns = tuple(
-        _parse_turn(turn, number, role_key, content_key, source) for number, turn in enumerate(raw, start=1)
-    )
+    turns = tuple(_parse_turn(turn, number, role_key, content_key, source) for number, turn in enumerate(raw, start=1))
     turns = _fill_slots(turns, _listed_images(row, source), source)
     conversation = Conversation(turns, source, _references(row, source))
     _check(conversation, needs_answer)

@@ -30,7 +30,7 @@ SIDE = 32
 """Side of one rendered digit, in pixels."""
 
 ROWS_PER_KIND: dict[str, dict[str, int]] = {
-    "train": {"digit": 2000, "row": 1200, "compare": 800, "text": 300, "two_turn": 400},
+    "train": {"digit": 1397, "row": 1300, "compare": 1300, "text": 300, "two_turn": 400},
     "val": {"digit": 60, "row": 20, "compare": 20, "text": 10, "two_turn": 10},
     "heldout": {"digit": 300, "row": 80, "compare": 80, "text": 40, "two_turn": 40},
 }

@@ -30,6 +30,9 @@ _SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 _WIDTH_TAG, _HEIGHT_TAG, _ORIENTATION_TAG = 0x0100, 0x0101, 0x0112
 _SIDEWAYS = {5, 6, 7, 8}  # EXIF orientations that swap width and height
 
+# What photographs, scans and screenshots come in. Others are refused: Pillow hands EPS to an external program.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
 
 class MediaError(DataError):
     """An image that cannot be found, read, or accepted."""
@@ -155,7 +158,7 @@ def _opened(ref: str, policy: MediaPolicy, source: str) -> Iterator[Image.Image]
         # Pillow's own size warning comes at a size of its own: the policy decides.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            with Image.open(content) as image:
+            with Image.open(content, formats=_FORMATS) as image:
                 # Pillow keeps the orientation that is read here: both callers see the header's, no later one.
                 height, width = _upright_size(image)
                 _check_pixels(width, height, policy, name, source)

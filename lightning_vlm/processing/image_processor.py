@@ -87,6 +87,8 @@ class NemotronVLImageProcessor(PilBackend):
     def geometry_with(self, **overrides: Any) -> ImageGeometry:
         """The geometry with any constructor arguments replaced."""
         options = {**vars(self), **overrides}
+        if options["max_num_patches"] == 0:  # transformers' way to say: bounded by max_model_len alone
+            options["max_num_patches"] = options["max_model_len"] * round(1 / options["downsample_ratio"]) ** 2
         return ImageGeometry(
             merge_size=round(1 / options["downsample_ratio"]),
             **{name: options[name] for name in _GEOMETRY_NAMES},

@@ -46,8 +46,12 @@ def main() -> None:
     config = NemotronVLConfig.tiny(pattern="M*", hidden_size=32, vision_hidden_size=32, vision_layers=1)
     module = NemotronVLModule(config=config, lr=0.0, generate_on_validation=True, max_new_tokens=3)
     data = VLMDataModule(
-        train=arguments.file, val=arguments.file, predict=arguments.file, processor=tiny_processor(),
-        batch_size=arguments.batch_size, sampler="sequential",
+        train=arguments.file,
+        val=arguments.file,
+        predict=arguments.file,
+        processor=tiny_processor(),
+        batch_size=arguments.batch_size,
+        sampler="sequential",
     )
     record = Record()
     trainer = L.Trainer(

@@ -20,7 +20,11 @@ def run(file: Path, out: Path, *options: str) -> list[dict[str, Any]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(
         [sys.executable, str(RUN), str(file), str(out), *options],
-        capture_output=True, text=True, timeout=240, env=environment, check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(path, weights_only=True) for path in sorted(out.glob("rank*.pt"))]
@@ -53,10 +57,14 @@ def test_two_processes_equal_one(uneven: Path, tmp_path: Path, accumulate: int) 
     two = run(uneven, tmp_path / "two", "--ranks", "2", "--batch_size", "2", *options)
 
     assert [len(rank["rows"]) for rank in two] == [3, 3], "equal steps on every rank"
-    assert sorted((row for rank in two for batch in rank["rows"] for row in batch), key=int) == [str(n) for n in range(1, 10)]
+    assert sorted((row for rank in two for batch in rank["rows"] for row in batch), key=int) == [
+        str(n) for n in range(1, 10)
+    ]
     assert two[1]["rows"][-1] == [], "the last row is on one rank, the other runs a stand-in"
 
-    assert len(one["gradients"]) == len(two[0]["gradients"]) == len(two[1]["gradients"]) == (3 if accumulate == 1 else 2)
+    assert (
+        len(one["gradients"]) == len(two[0]["gradients"]) == len(two[1]["gradients"]) == (3 if accumulate == 1 else 2)
+    )
     for step, expected in enumerate(one["gradients"]):
         for rank in two:
             assert rank["gradients"][step].keys() == expected.keys()

@@ -416,3 +416,9 @@ class TestUrls:
             ref = f"http://127.0.0.1:{listening.getsockname()[1]}/a.png"
             refused(load_image, ref, allowed, found="cannot be downloaded", fix="check the URL")
             thread.join()
+
+
+def test_formats_that_run_external_programs_are_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    with pytest.raises(MediaError, match=r"file.jsonl:12: image 'a.eps' cannot be decoded"):
+        load_image("a.eps", MediaPolicy(tmp_path), "file.jsonl:12")

@@ -115,6 +115,8 @@ def test_known_rows_are_checked_each_by_itself() -> None:
     embeds, features = torch.zeros(2, 4, 3), torch.ones(6, 3)
     fuse(embeds, features, is_placeholder, [2, 2, 2])  # without that knowledge: two images, then one
     fuse(embeds, features, is_placeholder, [2, 2, 2], num_images=[2, 1])
-    with pytest.raises(FusionError, match=r"row 0 has 4 image placeholder tokens for 2 features of its 1 image") as error:
+    with pytest.raises(
+        FusionError, match=r"row 0 has 4 image placeholder tokens for 2 features of its 1 image"
+    ) as error:
         fuse(embeds, features, is_placeholder, [2, 2, 2], num_images=[1, 2])
     assert error.value.row == 0

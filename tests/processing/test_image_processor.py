@@ -191,3 +191,9 @@ class TestFiles:
     def test_own_names_win_over_released_ones(self) -> None:
         processor = NemotronVLImageProcessor(norm_mean=[0.1] * 3, image_mean=[0.2] * 3)
         assert list(processor.image_mean) == [0.2] * 3
+
+
+def test_no_maximum_means_the_context_is_the_maximum() -> None:
+    unlimited = NemotronVLImageProcessor(max_num_patches=0, max_model_len=6004)
+    assert unlimited.geometry.image_budget() == 6000 * 4
+    assert unlimited.geometry.num_image_tokens(20_000, 20_000) <= 6000

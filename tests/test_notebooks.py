@@ -1,0 +1,45 @@
+"""Each notebook runs from top to bottom, keeps its pictures, and shows what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def outputs(notebook: Any) -> list[Any]:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def pictures(notebook: Any) -> int:
+    return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
+
+
+def printed(notebook: Any) -> str:
+    return "".join(output.get("text", "") for output in outputs(notebook))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setitem(os.environ, "PYTHONWARNINGS", "ignore")
+    kept = nbformat.read(path, as_version=4)
+    assert pictures(kept) >= 4, "the notebook is committed with its pictures"
+
+    run = nbformat.read(path, as_version=4)
+    NotebookClient(
+        run, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
+    assert pictures(run) == pictures(kept)
+    for notebook in (kept, run):
+        match = re.search(r"held-out exact match: ([\d.]+)", printed(notebook))
+        assert match
+        assert float(match[1]) > 0.8

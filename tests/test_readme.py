@@ -1,0 +1,82 @@
+"""The README's python and lightning-vlm lines run as they stand, in its order, shortened only by Trainer limits."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_vlm.cli import main
+from lightning_vlm.data.formats import parse_row
+from lightning_vlm.data.synthetic import write_digits
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SHORT = [
+    "--trainer.limit_val_batches",
+    "1",
+    "--trainer.num_sanity_val_steps",
+    "0",
+    "--trainer.enable_progress_bar",
+    "false",
+]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory as after ``make demo``'s first step."""
+    folder = tmp_path_factory.mktemp("clone")
+    write_digits(folder / "data" / "digits", progress=False)
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder
+
+
+def test_python_blocks(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo)
+    assert blocks("python")
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.slow
+def test_command_lines(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo)
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("lightning-vlm ")]
+    assert [line.split()[1] for line in lines] == ["fit", "fit", "predict"]
+    for steps, line in enumerate(lines, start=1):
+        limits = ["--trainer.max_steps", str(2 * steps), *SHORT] if " fit " in line else SHORT[-2:]
+        monkeypatch.setattr(sys, "argv", [*shlex.split(line), *limits])
+        assert main() == 0
+    assert len((demo / "runs/digits/predictions.jsonl").read_text().splitlines()) == 80
+
+
+def test_rows_parse() -> None:
+    import json
+
+    rows = [json.loads(line) for block in blocks("json") for line in block.splitlines()]
+    assert len({parse_row(row, "README.md:1").turns[0].text.strip() for row in rows}) == 1
+
+
+def test_yaml_blocks_hold_known_keys() -> None:
+    import inspect
+
+    from lightning_vlm import NemotronVLModule
+
+    for block in blocks("yaml"):
+        assert set(yaml.safe_load(block)["model"]) <= set(inspect.signature(NemotronVLModule.__init__).parameters)
+
+
+def test_files_named_in_the_readme_exist() -> None:
+    names = re.findall(r"`((?:lightning_vlm|tests|benchmarks|notebooks|configs)/[\w/.]*)`", README)
+    names += re.findall(r"\]\(([\w/.]+)\)", README)
+    assert len(names) > 8
+    for name in names:
+        assert (ROOT / name).exists(), name
