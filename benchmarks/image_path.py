@@ -83,7 +83,8 @@ def main() -> None:
     everything = torch.cat([difference.flatten() for difference in differences])
     print(
         f"uint8 against float, in normalised units (1/255 = {1 / 255 / float(std.mean()):.4f}): "
-        f"mean {everything.mean():.4f}, 99.9th percentile {np.quantile(everything.numpy(), 0.999):.4f}, max {everything.max():.3f}"
+        f"mean {everything.mean():.4f}, 99.9th percentile {np.quantile(everything.numpy(), 0.999):.4f}, "
+        f"max {everything.max():.3f}"
     )
 
 

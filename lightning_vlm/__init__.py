@@ -3,7 +3,7 @@
 The whole way of a sample, and where to look for each thing on it:
 
     row of JSONL     data/formats.py         a row's turns and images become a Conversation (schema.py)
-    labels           processing/labels.py    rendered turns -> input_ids and labels; which characters: processing/chat.py
+    labels           processing/labels.py    rendered turns -> input_ids and labels; spans from processing/chat.py
     image tokens     geometry.py             width and height -> patch grid -> number of tokens
     Sample           processing/processor.py text, labels and uint8 patches of one conversation
     plan, resume     data/samplers.py        which samples form which batch; data/loader.py continues exactly

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import logging
 import netrc
 import os
 import re
 import signal
 import sys
 import urllib.parse
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,7 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         Exit code: 0 good, 1 a problem in data or model, 2 wrong use, 143 stopped by SIGTERM.
     """
+    _quiet_other_libraries()
     try:
         VLMCLI(args)
     except DataError as error:
@@ -153,8 +156,29 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
+def _quiet_other_libraries() -> None:
+    """Says once what transformers says once per Mamba function, and drops what tells the user nothing."""
+    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    said: list[str] = []
+
+    def once(record: logging.LogRecord) -> bool:
+        if "falling back to its reference PyTorch implementation" not in record.getMessage():
+            return True
+        if said:
+            return False
+        said.append("mamba")
+        record.msg, record.args = (
+            "Mamba layers run on transformers' PyTorch path (correct, slow): mamba-ssm or causal-conv1d is missing",
+            (),
+        )
+        return True
+
+    logging.getLogger("transformers.integrations.hub_kernels").addFilter(once)
+
+
 def _usable_loggers(loggers: Any, folder: str) -> Any:
-    """Makes a configured WandbLogger work when nobody is logged in (offline) or wandb is absent (a CSV file instead)."""
+    """Makes a configured WandbLogger work when nobody is logged in (offline) or wandb is absent (a CSV file)."""
     if not isinstance(loggers, list) and not hasattr(loggers, "class_path"):
         return loggers
     kept = []

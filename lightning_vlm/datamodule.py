@@ -111,7 +111,7 @@ class VLMDataModule(L.LightningDataModule):
         """
         if self._processor is None:
             raise ValueError(
-                "VLMDataModule has no processor; name one: processor='folder or repository', or pass a NemotronVLProcessor"
+                "VLMDataModule has no processor; name one: processor='folder', or pass a NemotronVLProcessor"
             )
         if not isinstance(self._processor, NemotronVLProcessor):
             try:

@@ -1,7 +1,7 @@
 """NemotronVLModule: a NemotronVL under Lightning. Steps, scores, optimizer; no strategy and no file format.
 
-Built from plain values that a checkpoint can hold; the network itself is made in `configure_model`, on the device and in
-the precision of the Trainer.
+Built from plain values that a checkpoint can hold; the network itself is made in `configure_model`, on the device
+and in the precision of the Trainer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rules of the house, as tests: one-way imports, small files with a sign on the door, configs and commands that run."""
+"""The rules of the house: one-way imports, small files with a sign on the door, configs and commands that run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NemotronVLModule: one gradient however the step is cut, learning rates per part, steps, checkpoints, Trainer flags."""
+"""NemotronVLModule: one gradient however the step is cut, learning rates, steps, checkpoints, Trainer flags."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """PredictionTable: what the model answered, beside what it saw, for people to look at.
 
-After validation and test it writes an HTML page (self-contained, images as the model saw them) and, with a W&B logger, a
-table; after prediction also a JSONL file with every answer. The same first samples each time, so pages can be compared.
+After validation and test it writes an HTML page (self-contained, images as the model saw them) and, with a W&B
+logger, a table; after prediction also a JSONL file with every answer. The same first samples each time, so pages can be compared.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from lightning_vlm.schema import VLMBatch
 
 
 class Throughput(L.Callback):
-    """Logs ``perf/tokens_per_s``, ``perf/images_per_s`` and ``perf/data_wait_frac`` at the Trainer's logging interval."""
+    """Logs ``perf/tokens_per_s``, ``perf/images_per_s`` and ``perf/data_wait_frac`` when the Trainer logs."""
 
     def __init__(self) -> None:
         self._tokens = self._images = 0

@@ -2,7 +2,7 @@
 
 Two are recognised by their key: ``messages`` (OpenAI and transformers: text or a list of parts, images inline or in an
 ``images`` list) and ``conversations`` (LLaVA, ShareGPT: ``from`` / ``value``, images in ``image`` or ``images``). A
-``<image>`` tag in a text is a slot for the next listed image. Nothing is guessed: counts must agree, roles must be known.
+``<image>`` tag in a text is a slot for the next listed image. Nothing is guessed: counts must agree, roles be known.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def parse_row(row: Any, source: str, needs_answer: bool = True) -> Conversation:
         The conversation. ``row["answers"]``, if present, lists the accepted answers to its last assistant turn.
 
     Raises:
-        DataError: If the row is not an object of a known format, a role is unknown, images and ``<image>`` tags differ in
-            number, or there is nothing to learn or to answer.
+        DataError: If the row is not an object of a known format, a role is unknown, images and ``<image>`` tags
+            differ in number, or there is nothing to learn or to answer.
     """
     if not isinstance(row, dict):
         raise DataError(source, f"the row is {_kind(row)}, expected an object", "write one JSON object per line")

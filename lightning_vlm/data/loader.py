@@ -23,7 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class _BatchDataset(Dataset):
-    """Planned batch -> VLMBatch. A DataError travels back as a value: raised in a worker it would arrive as a traceback."""
+    """Planned batch -> VLMBatch. A DataError travels back as a value: raised in a worker it would be a traceback."""
 
     def __init__(self, samples: Any, collate: Callable[[Sequence[Sample], bool], VLMBatch]) -> None:
         self.samples, self.collate = samples, collate

@@ -15,7 +15,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, NemotronHForCausalLM, PreTrainedModel, RadioModel
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    NemotronHForCausalLM,
+    PreTrainedModel,
+    RadioModel,
+)
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -295,3 +301,6 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+AutoModelForImageTextToText.register(NemotronVLConfig, NemotronVL, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Runs one fit and one validation with any number of CPU processes and saves what a test compares. Started as a script."""
+"""Runs one fit with any number of CPU processes and saves what a test compares. Started as a script."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
 def conversation(*turns: tuple[str, str | list[Part]], references: tuple[str, ...] = ()) -> Conversation:
     """Turns as (role, text or parts)."""
     return Conversation(
-        tuple(Turn(role, (Text(parts),) if isinstance(parts, str) else tuple(parts)) for role, parts in turns),  # type: ignore[arg-type]
+        tuple(Turn(role, (Text(parts),) if isinstance(parts, str) else tuple(parts)) for role, parts in turns),
         SOURCE,
         references,
     )
