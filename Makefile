@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN := runs/digits
 CONFIG := configs/experiment/digits.yaml
 
@@ -14,10 +15,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is $$($(PYTHON) --version), expected Python 3.11 or newer: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
-	@# torch first and exactly pinned: a range would take the newest CUDA build, gigabytes large
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,notebook,lora,dev]'
+	@# torch in a step of its own, by its exact version: a range would take the newest CUDA build, gigabytes large
+	$(PIP) setuptools torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+	$(PIP) --no-build-isolation --editable '.[demo,notebook,lora,dev]'
 	@touch $@
 
 install: $(VENV)/.installed  ## Create .venv with pinned versions

@@ -27,7 +27,7 @@ from lightning_vlm.schema import DataError, VLMBatch
 from lightning_vlm.training.freezing import freeze
 from lightning_vlm.training.generation import generate_answers
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
-from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens
+from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens, group_of
 from lightning_vlm.training.optim import parameter_groups, warmup_cosine
 from lightning_vlm.training.resume import rewind_to_last_step
 
@@ -273,11 +273,6 @@ class NemotronVLModule(L.LightningModule):
                 if not value.isnan():
                     self.log("/".join(filter(None, (split, "gen", name, group))), value)
                 score.reset()
-
-
-def group_of(source: str) -> str:
-    """Score group of a sample: the stem of its file, from ``file:line``."""
-    return source.rpartition(":")[0].replace("\\", "/").rpartition("/")[2].rpartition(".")[0]
 
 
 def _score_key(split: str, group: str) -> str:

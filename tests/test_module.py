@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lightning_vlm import NemotronVLConfig, NemotronVLModule, NemotronVLProcessor, VLMDataModule
-from lightning_vlm.module import group_of
 from lightning_vlm.schema import DataError
+from lightning_vlm.training.metrics import group_of
 
 TINY = {"pattern": "M*E", "hidden_size": 32, "vision_hidden_size": 32, "vision_layers": 1}
 
@@ -108,7 +108,7 @@ def test_logged_loss_is_the_mean_over_label_tokens(
     data = VLMDataModule(train=str(file), processor=processor, batch_size=8)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
-    logits = module.network.eval()(**batch.model_inputs()).logits
+    logits = module.network.eval()(**batch.model_inputs()).logits.detach()
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
     assert recorded.losses[0] == pytest.approx(float(expected), abs=1e-5)
 

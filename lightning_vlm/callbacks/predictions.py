@@ -1,7 +1,7 @@
 """PredictionTable: what the model answered, beside what it saw, for people to look at.
 
 After validation and test it writes an HTML page (self-contained, images as the model saw them) and, with a W&B
-logger, a table; after prediction also a JSONL file with every answer. The same first samples each time, so pages can be compared.
+logger, a table; after prediction also a JSONL file with every answer. The same samples each time, so pages compare.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import html
 import io
 import json
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from lightning_vlm.media.image import patches_to_pixels
 from lightning_vlm.schema import VLMBatch
-from lightning_vlm.training.metrics import SCORES
+from lightning_vlm.training.metrics import SCORES, group_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class PredictionTable(L.Callback):
     """Collects predictions of evaluation loops and writes them into the run folder.
 
     Args:
-        max_rows: Rows of the page and the W&B table, spread evenly over the evaluation set of rank 0.
+        max_rows: Rows of the page and the W&B table: the first ones of each data file, as rank 0 sees them.
         folder: Where files go; the Trainer's ``default_root_dir`` by default.
     """
 
@@ -60,9 +61,8 @@ class PredictionTable(L.Callback):
             raise ValueError(f"max_rows is {max_rows}; expected at least 1")
         self.max_rows = max_rows
         self.folder = folder
-        self._rows: list[Prediction] = []
+        self._rows: dict[str, list[Prediction]] = {}
         self._lines: list[dict[str, Any]] = []
-        self._seen = 0
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forgets the last page."""
@@ -80,19 +80,19 @@ class PredictionTable(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: VLMBatch, *args: Any
     ) -> None:
         """Keeps some of the batch's predictions."""
-        self._collect(trainer, outputs, batch, len(trainer.val_dataloaders or []))
+        self._collect(trainer, outputs, batch)
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: VLMBatch, *args: Any
     ) -> None:
         """Keeps some of the batch's predictions."""
-        self._collect(trainer, outputs, batch, len(trainer.test_dataloaders or []))
+        self._collect(trainer, outputs, batch)
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: VLMBatch, *args: Any
     ) -> None:
         """Keeps every answer, and some with their images."""
-        self._collect(trainer, outputs, batch, len(trainer.predict_dataloaders or []))
+        self._collect(trainer, outputs, batch)
         self._lines += [
             {"source": source, "prompt": prompt, "answer": answer}
             for source, prompt, answer, counted in zip(
@@ -126,28 +126,33 @@ class PredictionTable(L.Callback):
         self._write(trainer, "predict")
 
     def _clear(self) -> None:
-        self._rows, self._lines, self._seen = [], [], 0
+        self._rows, self._lines = {}, []
 
-    def _collect(self, trainer: L.Trainer, outputs: Any, batch: VLMBatch, num_batches: int) -> None:
+    def _collect(self, trainer: L.Trainer, outputs: Any, batch: VLMBatch) -> None:
         if not trainer.is_global_zero or not outputs or "answers" not in outputs:
             return
-        every = max(1, num_batches * len(batch) // self.max_rows)
-        wanted = [row for row in range(len(batch)) if (self._seen + row) % every == 0]
-        self._seen += len(batch)
-        for row in wanted:
-            if len(self._rows) < self.max_rows and batch.counted[row]:
-                self._rows.append(_prediction(batch, row, outputs["answers"][row], trainer.predicting))
+        for row, source in enumerate(batch.sources):
+            kept = self._rows.setdefault(group_of(source), [])
+            if len(kept) < self.max_rows and batch.counted[row]:
+                kept.append(_prediction(batch, row, outputs["answers"][row], trainer.predicting))
+
+    def _chosen(self) -> list[Prediction]:
+        """The kept rows, one of each file in turn."""
+        turns = zip_longest(*self._rows.values())
+        return [row for turn in turns for row in turn if row is not None][: self.max_rows]
 
     def _write(self, trainer: L.Trainer, split: str) -> None:
-        if not trainer.is_global_zero or not self._rows:
+        rows = self._chosen()
+        if not trainer.is_global_zero or not rows:
             return
         path = self._path(trainer, f"predictions_{split}.html")
-        path.write_text(render_page(self._rows, f"{split} at step {trainer.global_step}"), encoding="utf-8")
-        if not trainer.validating and split != "val":
+        origin = f"of {trainer.ckpt_path}" if split != "val" and trainer.ckpt_path else f"at step {trainer.global_step}"
+        path.write_text(render_page(rows, f"{split} {origin}"), encoding="utf-8")
+        if split != "val":
             rank_zero_info(f"predictions with images: {path}")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                _log_wandb_table(logger, self._rows, split, trainer.global_step)
+                _log_wandb_table(logger, rows, split, trainer.global_step)
 
     def _path(self, trainer: L.Trainer, name: str) -> Path:
         folder = Path(self.folder or trainer.default_root_dir)
