@@ -191,6 +191,7 @@ def _usable_loggers(loggers: Any, folder: str) -> Any:
             if "WANDB_MODE" not in os.environ and not _logged_in_to_wandb():
                 rank_zero_info("nobody is logged in to W&B: the run is logged offline (wandb login; wandb sync)")
                 os.environ["WANDB_MODE"] = "offline"
+                os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would use the network all the same
             kept.append(logger)
     if not kept:
         rank_zero_info(f"the metrics go to CSV files under {folder}/metrics")
