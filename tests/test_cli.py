@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import wandb
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_vlm import NemotronVLConfig
 from lightning_vlm.cli import VLMCLI, main, suggest
@@ -201,6 +202,15 @@ def test_wrong_data_ends_in_one_sentence_and_exit_code_1(config: Path, capsys: p
 def test_a_missing_model_folder_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("fit", "--config", str(config), "--model.model_id", "absent") == 1
     assert "processor 'absent': it is neither a folder" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_sigterm_says_how_to_continue(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(args: Any) -> None:
+        raise SIGTERMException
+
+    monkeypatch.setattr("lightning_vlm.cli.VLMCLI", stopped)
+    assert main([]) == 143
+    assert "continue with --ckpt_path last" in capsys.readouterr().err
 
 
 WANDB = [{"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"save_dir": "run", "project": "p"}}]

@@ -13,21 +13,28 @@ class MeanOverTokens(Metric):
     """A token-weighted mean: sum of losses over number of tokens."""
 
     total: Tensor
+    lost: Tensor
     count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("lost", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, count: int) -> None:
         """Adds a sum of ``count`` token losses."""
-        self.total += total.detach().to(self.total)
+        value = total.detach().to(self.total)
+        # What float32 rounds away is summed apart (Knuth's two-sum): Apple's GPUs have no float64.
+        new = self.total + value
+        part = new - self.total
+        self.lost += (self.total - (new - part)) + (value - part)
+        self.total = new
         self.count += count
 
     def compute(self) -> Tensor:
         """The mean; NaN before any token."""
-        return (self.total / self.count).float()
+        return (self.total / self.count) + (self.lost / self.count)
 
 
 class AnswerScore(Metric):
@@ -40,8 +47,8 @@ class AnswerScore(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> None:
         """Adds answers.
@@ -56,7 +63,7 @@ class AnswerScore(Metric):
 
     def compute(self) -> Tensor:
         """The mean in 0..1; NaN before any answer."""
-        return (self.total / self.count).float()
+        return self.total / self.count
 
     @staticmethod
     def score(answer: str, reference: str) -> float:

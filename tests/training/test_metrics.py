@@ -128,7 +128,10 @@ def test_the_mean_loss_does_not_lose_small_terms():
     metric.update(torch.tensor(2.0**24), 2**24)
     for _ in range(64):
         metric.update(torch.tensor(0.5), 0)
-    assert metric.total.item() == 2**24 + 32  # in float32 each half would vanish
+    # Added to a float32 total of 2**24, each half alone would vanish.
+    assert metric.total.item() + metric.lost.item() == 2**24 + 32
+    assert metric.total.dtype == metric.lost.dtype == torch.float32, "Apple's GPUs have no float64"
+    assert metric.compute() == torch.tensor(1 + 32 / 2**24)
 
 
 ANSWERS = ["four", "paris", "x", "yes", "invoce"]

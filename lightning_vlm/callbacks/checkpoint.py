@@ -1,0 +1,42 @@
+"""RunCheckpoint: Lightning's ModelCheckpoint with the settings under which no night is lost.
+
+It saves every so many steps, at any exception (SIGTERM included), and at the end of the run, which ModelCheckpoint
+leaves out when the number of steps is not a multiple. ``last.ckpt`` is always the newest of them; a second run in the
+same folder replaces it instead of writing ``last-v1.ckpt`` beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Saves what a run can continue from.
+
+    Args:
+        dirpath: Folder of the checkpoints.
+        every_n_train_steps: Optimizer steps between two checkpoints.
+        keep: How many of them are kept besides ``last.ckpt``.
+    """
+
+    def __init__(self, dirpath: str, every_n_train_steps: int = 500, keep: int = 1) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="step={step:06d}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=every_n_train_steps,
+            monitor="step",  # newest first
+            mode="max",
+            save_top_k=keep,
+            save_last=True,
+            save_on_exception=True,
+            enable_version_counter=False,
+        )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the end of the run as ``last.ckpt``."""
+        if not trainer.fast_dev_run:
+            trainer.save_checkpoint(Path(self.dirpath or ".") / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
