@@ -153,11 +153,10 @@ class NemotronVLModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes the checkpoint stand between two optimizer steps, wherever the run was stopped."""
-        epoch, applied = self._applied if self._applied[0] == self.current_epoch else (self.current_epoch, 0)
-        checkpoint["applied_batches"] = {"epoch": epoch, "batches": applied}
+        checkpoint["applied_batches"] = {"epoch": self._applied[0], "batches": self._applied[1]}
         if self._datamodule is not None:
             key = type(self._datamodule).__qualname__
-            if taken_back := rewind_to_last_step(checkpoint, key, applied):
+            if taken_back := rewind_to_last_step(checkpoint, key, self._applied):
                 rank_zero_info(f"stopped inside an optimizer step: {taken_back} batch(es) will be repeated on resume")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -141,15 +141,52 @@ def test_resume_with_another_plan_is_refused_and_says_why(make_task: Callable[..
         fit(file, tmp_path, ckpt_path=tmp_path / "ckpt" / "step=2.ckpt")
 
 
-def test_rewind_leaves_a_checkpoint_between_steps_alone() -> None:
-    counters = {"ready": 4, "started": 4, "processed": 4, "completed": 3}
-    checkpoint = {
+def stopped_at(ready: int, epoch: int) -> dict[str, Any]:
+    """What Lightning saves after ``ready`` batches of an epoch, from ``on_train_batch_end``."""
+    counters = {"ready": ready, "started": ready, "processed": ready, "completed": ready - 1}
+    total = {name: value + 10 * epoch for name, value in counters.items()}
+    position = {"epoch": epoch, "yielded": ready, "fingerprint": "x"}
+    return {
         "loops": {
-            "fit_loop": {"epoch_loop.batch_progress": {"current": counters, "total": dict(counters)}, "state_dict": {}}
-        }
+            "fit_loop": {
+                "epoch_progress": {"current": {"ready": epoch + 1}},
+                "epoch_loop.batch_progress": {"current": counters, "total": total, "is_last_batch": ready == 10},
+                "state_dict": {"combined_loader": [dict(position)]},
+            }
+        },
+        "VLMDataModule": position,
     }
-    assert rewind_to_last_step(checkpoint, "VLMDataModule", applied=4) == 0
-    assert counters == {"ready": 4, "started": 4, "processed": 4, "completed": 3}
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+@pytest.mark.parametrize("ready", [4, 10])
+def test_a_checkpoint_between_steps_is_left_alone(ready: int, epoch: int) -> None:
+    checkpoint = stopped_at(ready, epoch)
+    assert rewind_to_last_step(checkpoint, "VLMDataModule", (epoch, ready)) == 0
+    assert checkpoint == stopped_at(ready, epoch)
+
+
+@pytest.mark.parametrize(("applied", "done"), [((3, 4), 4), ((2, 10), 0)], ids=["in this epoch", "none in this epoch"])
+def test_a_checkpoint_inside_a_step_is_set_back(applied: tuple[int, int], done: int) -> None:
+    checkpoint = stopped_at(6, epoch=3)
+    assert rewind_to_last_step(checkpoint, "VLMDataModule", applied) == 6 - done
+    loop = checkpoint["loops"]["fit_loop"]
+    assert set(loop["epoch_loop.batch_progress"]["current"].values()) == {done}
+    assert set(loop["epoch_loop.batch_progress"]["total"].values()) == {30 + done}
+    assert loop["state_dict"]["combined_loader"][0]["yielded"] == checkpoint["VLMDataModule"]["yielded"] == done
+
+
+def test_crash_after_crash_is_still_exact(make_task: Callable[..., Path], tmp_path: Path) -> None:
+    file = make_task(11)
+    options: dict[str, Any] = {"accumulate_grad_batches": 2}
+    whole, _ = fit(file, tmp_path, **options)
+    last = tmp_path / "ckpt" / "last.ckpt"
+    for stop_at in (3, 0, 2, 1, 4):  # batches after each start, inside and between steps, over the end of the epoch
+        with pytest.raises(RuntimeError, match="power cut"):
+            start = last if last.exists() else None
+            fit(file, tmp_path, every_step(tmp_path / "ckpt"), StopInside(stop_at), ckpt_path=start, **options)
+    resumed, _ = fit(file, tmp_path, ckpt_path=last, **options)
+    assert_same_weights(resumed, whole)
 
 
 SCRIPT = """

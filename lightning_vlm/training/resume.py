@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 
-def rewind_to_last_step(checkpoint: dict[str, Any], datamodule_key: str, applied: int) -> int:
+def rewind_to_last_step(checkpoint: dict[str, Any], datamodule_key: str, applied: tuple[int, int]) -> int:
     """Sets the batch counters and data positions of a checkpoint back to the last optimizer step, in place.
 
     Args:
         checkpoint: What Lightning is about to save.
         datamodule_key: Where the datamodule's state is in it.
-        applied: Batches of the current epoch whose gradient is in the weights.
+        applied: An epoch, and how many of its batches have their gradient in the weights; none of a later epoch's have.
 
     Returns:
         Number of batches that were taken back: 0 for a checkpoint written between two steps.
@@ -24,15 +24,18 @@ def rewind_to_last_step(checkpoint: dict[str, Any], datamodule_key: str, applied
     loop = checkpoint["loops"]["fit_loop"]
     progress = loop["epoch_loop.batch_progress"]
     current, total = progress["current"], progress["total"]
-    if current["ready"] <= applied:
+    # The epoch that the batch counters belong to; `Trainer.current_epoch` is one further after its last batch.
+    epoch = loop["epoch_progress"]["current"]["ready"] - 1
+    done = applied[1] if applied[0] == epoch else 0
+    if current["ready"] <= done:
         return 0
-    taken_back = current["ready"] - applied
+    taken_back = current["ready"] - done
     for counter in ("ready", "started", "processed", "completed"):
-        total[counter] += applied - current[counter]
-        current[counter] = applied
+        total[counter] += done - current[counter]
+        current[counter] = done
     progress["is_last_batch"] = False
     positions = [*loop["state_dict"].get("combined_loader", []), checkpoint.get(datamodule_key)]
     for position in positions:
         if position:
-            position["yielded"] = applied
+            position["yielded"] = done
     return taken_back

@@ -64,9 +64,13 @@ def test_the_end_of_the_run_is_saved(fit: Callable[..., Rows], tmp_path: Path) -
     assert saved(tmp_path) == {"step=000004.ckpt": 4, "last.ckpt": 5}
 
 
-def test_a_finished_run_continues_with_the_next_epoch(fit: Callable[..., Rows]) -> None:
+def test_a_finished_run_continues_with_the_next_epoch(fit: Callable[..., Rows], tmp_path: Path) -> None:
     whole = fit(max_epochs=2).seen
     fit(max_epochs=1)
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 5, (
+        "nothing is taken back"
+    )
     assert fit(max_epochs=2, ckpt_path="last").seen == whole[10:]
 
 
