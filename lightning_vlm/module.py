@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import ModuleDict
 from torch.optim import AdamW
 
+from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.fusion import FusionError
 from lightning_vlm.models.nemotron_vl import NemotronVL
@@ -123,7 +124,16 @@ class NemotronVLModule(L.LightningModule):
         return self.model
 
     def training_step(self, batch: VLMBatch, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch, as its share of the whole step's mean."""
+        """Loss of one micro-batch, as its share of the whole step's mean.
+
+        Raises:
+            ValueError: If the batch does not know the label tokens of its step.
+        """
+        if batch.step_label_tokens < batch.num_label_tokens:
+            raise ValueError(
+                f"a batch with {batch.num_label_tokens} label tokens says that its whole optimizer step has "
+                f"{batch.step_label_tokens}; load it with VLMDataModule, or set batch.step_label_tokens to their sum"
+            )
         label_tokens = step_label_tokens(batch.step_label_tokens, self.device)
         loss_sum = self._loss_sum(batch)
         share = loss_sum.detach() / label_tokens.to(loss_sum.device, loss_sum.dtype)
@@ -227,8 +237,9 @@ class NemotronVLModule(L.LightningModule):
         return min(limits)
 
     @property
-    def _datamodule(self) -> Any:
-        return getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+    def _datamodule(self) -> VLMDataModule | None:
+        datamodule = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        return datamodule if isinstance(datamodule, VLMDataModule) else None
 
     def _loss_sum(self, batch: VLMBatch) -> Tensor:
         try:

@@ -137,7 +137,7 @@ def count_label_tokens(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class VLMBatch:
     """What a training or evaluation step receives.
 
@@ -179,6 +179,11 @@ class VLMBatch:
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
+
+    def __repr__(self) -> str:
+        rows, columns = self.input_ids.shape
+        images = 0 if self.image_grid_hw is None else len(self.image_grid_hw)
+        return f"VLMBatch({rows} x {columns} tokens, {images} images, {self.num_label_tokens} label tokens)"
 
     @property
     def num_tokens(self) -> int:

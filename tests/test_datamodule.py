@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,13 @@ def test_state_survives_json(make_task: Callable[..., Path], processor: Nemotron
         loader = None if restore_first else other.train_dataloader()
         other.load_state_dict(state)
         assert [batch.sources for batch in loader or other.train_dataloader()] == rest
+
+
+def test_what_workers_receive_can_be_pickled(make_task: Callable[..., Path], processor: NemotronVLProcessor) -> None:
+    """Where processes are spawned instead of forked (macOS, Windows), the dataset travels by pickle."""
+    data = VLMDataModule(train=str(make_task(6)), processor=processor, batch_size=3)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    copied = pickle.loads(pickle.dumps(loader._batches))
+    planned = loader.plan.batches(0)[0]
+    assert torch.equal(copied[planned].input_ids, loader._batches[planned].input_ids)

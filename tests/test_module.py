@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lightning_vlm import NemotronVLConfig, NemotronVLModule, NemotronVLProcessor, VLMDataModule
 from lightning_vlm.schema import DataError
@@ -291,3 +292,21 @@ def test_half_precision_trains(make_task: Callable[..., Path], processor: Nemotr
 def test_metrics_hold_no_float64() -> None:
     module = NemotronVLModule(config=NemotronVLConfig.tiny(**TINY))
     assert {state.dtype for state in module.val_loss.metric_state.values()} <= {torch.float32, torch.int64}
+
+
+def test_other_loaders_must_tell_the_steps_label_tokens(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor
+) -> None:
+    data = VLMDataModule(train=str(make_task(4)), processor=processor, batch_size=4)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    batches = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    module = NemotronVLModule(config=NemotronVLConfig.tiny(**TINY))
+    quiet_trainer(max_steps=1).fit(module, batches)
+    batch.step_label_tokens = 0
+    with pytest.raises(
+        ValueError, match=r"label tokens says that its whole optimizer step has 0; load it with VLMDataM"
+    ):
+        quiet_trainer(max_steps=1).fit(module, batches)
+    with pytest.raises(ValueError, match=r"needs to know the number of steps; set trainer.max_steps or max_epochs"):
+        quiet_trainer(max_epochs=1).fit(module, batches)

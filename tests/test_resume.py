@@ -182,8 +182,8 @@ def test_crash_after_crash_is_still_exact(make_task: Callable[..., Path], tmp_pa
     whole, _ = fit(file, tmp_path, **options)
     last = tmp_path / "ckpt" / "last.ckpt"
     for stop_at in (3, 0, 2, 1, 4):  # batches after each start, inside and between steps, over the end of the epoch
+        start = last if last.exists() else None
         with pytest.raises(RuntimeError, match="power cut"):
-            start = last if last.exists() else None
             fit(file, tmp_path, every_step(tmp_path / "ckpt"), StopInside(stop_at), ckpt_path=start, **options)
     resumed, _ = fit(file, tmp_path, ckpt_path=last, **options)
     assert_same_weights(resumed, whole)

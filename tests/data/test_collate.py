@@ -67,3 +67,8 @@ def test_to_moves_every_tensor() -> None:
     assert {tensor.device.type for tensor in [*tensors, batch.counted, batch.num_images] if tensor is not None} == {
         "meta"
     }
+
+
+def test_a_batch_prints_its_size_not_its_tensors() -> None:
+    batch = PaddedCollate(0)([sample(6, 1, 0), sample(4, 0, 1)])
+    assert repr(batch) == f"VLMBatch(2 x 6 tokens, 1 images, {batch.num_label_tokens} label tokens)"
