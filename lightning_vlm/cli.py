@@ -24,7 +24,7 @@ import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_vlm.callbacks.predictions import PredictionTable
 from lightning_vlm.callbacks.throughput import Throughput
@@ -125,6 +125,14 @@ class VLMCLI(LightningCLI):
         if config.data.processor is None:
             config.data.processor = config.model.model_id
         config.trainer.logger = _usable_loggers(config.trainer.logger, config.trainer.default_root_dir or ".")
+
+    def instantiate_classes(self) -> None:
+        """Ends wrong settings in one sentence and exit code 2."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, NotImplementedError, MisconfigurationException) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds the prediction table and the throughput watcher unless configured."""

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.data.collate import PaddedCollate
 from lightning_vlm.data.dataset import SampleDataset
 from lightning_vlm.data.loader import ResumableLoader
@@ -114,13 +115,14 @@ class VLMDataModule(L.LightningDataModule):
                 "VLMDataModule has no processor; name one: processor='folder', or pass a NemotronVLProcessor"
             )
         if not isinstance(self._processor, NemotronVLProcessor):
+            name = pretrained_source(self._processor, "data.processor (by default model.model_id)")
             try:
-                self._processor = NemotronVLProcessor.from_pretrained(self._processor)
+                self._processor = NemotronVLProcessor.from_pretrained(name)
             except OSError as error:
                 raise DataError(
-                    f"processor {str(self._processor)!r}",
-                    "it is neither a folder with a saved processor nor a repository that can be reached",
-                    "correct data.processor (or model.model_id, which it follows)",
+                    "data.processor",
+                    f"{name!r} holds no processor that can be loaded ({str(error).splitlines()[0]})",
+                    "save one there with NemotronVLProcessor.save_pretrained, or name another folder",
                 ) from error
         return self._processor
 

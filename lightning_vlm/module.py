@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.nn import ModuleDict
 from torch.optim import AdamW
 
+from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.fusion import FusionError
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import DataError, VLMBatch
-from lightning_vlm.training.freezing import freeze
+from lightning_vlm.training.freezing import check_parts, freeze
 from lightning_vlm.training.generation import generate_answers
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
 from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens, group_of
@@ -51,7 +52,8 @@ class NemotronVLModule(L.LightningModule):
         max_new_tokens: Longest generated answer.
 
     Raises:
-        ValueError: If not exactly one of ``model_id`` and ``config`` is given.
+        ValueError: If not exactly one of ``model_id`` and ``config`` is given, or ``freeze`` or ``lr`` names an unknown
+            part.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class NemotronVLModule(L.LightningModule):
         super().__init__()
         if (model_id is None) == (config is None):
             raise ValueError("NemotronVLModule takes either model_id or config; give one of them")
+        check_parts([*(freeze or []), *(lr if isinstance(lr, dict) else [])])
         config = config.to_dict() if isinstance(config, NemotronVLConfig) else config
         self.save_hyperparameters()
         self.model: NemotronVL | None = None
@@ -89,10 +92,12 @@ class NemotronVLModule(L.LightningModule):
         options = self.hparams
         if options.config is not None:
             model = NemotronVL(NemotronVLConfig.from_dict(options.config))
-        elif options.init == "random":
-            model = NemotronVL(NemotronVLConfig.from_pretrained(options.model_id))
         else:
-            model = NemotronVL.from_pretrained(options.model_id, dtype=torch.get_default_dtype())
+            name = pretrained_source(options.model_id, "model.model_id")
+            if options.init == "random":
+                model = NemotronVL(NemotronVLConfig.from_pretrained(name))
+            else:
+                model = NemotronVL.from_pretrained(name, dtype=torch.get_default_dtype())
         model.train()
         if options.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})

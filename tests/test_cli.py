@@ -199,9 +199,38 @@ def test_wrong_data_ends_in_one_sentence_and_exit_code_1(config: Path, capsys: p
     )
 
 
-def test_a_missing_model_folder_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_folder_is_named_and_nothing_is_downloaded(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert exit_code("fit", "--config", str(config), "--model.model_id", "absent") == 1
-    assert "processor 'absent': it is neither a folder" in capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: data.processor (by default model.model_id): 'absent' is not a folder")
+
+
+def test_a_folder_without_a_processor_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    assert exit_code("fit", "--config", str(config), "--data.processor", "empty") == 1
+    assert "'empty' holds no processor that can be loaded" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.packing", "true"], "error: packing=True is not available yet; use packing=False"),
+        (
+            ["--model.freeze", "[tower]"],
+            "error: the model has no part 'tower'; expected one of vision, projector, language",
+        ),
+        (["--model.model_id", "null"], "error: NemotronVLModule takes either model_id or config; give one of them"),
+        (["--trainer.accelerator", "abacus"], "error: You selected an invalid accelerator name"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_wrong_settings_end_in_one_sentence_and_exit_code_2(
+    config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert exit_code("fit", "--config", str(config), *arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
 
 
 def test_sigterm_says_how_to_continue(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

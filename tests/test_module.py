@@ -229,7 +229,9 @@ def test_wrong_use_is_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="either model_id or config; give one of them"):
             NemotronVLModule(**options)
     with pytest.raises(ValueError, match=r"no part 'tower'; expected one of vision, projector, language"):
-        NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), freeze=["tower"]).configure_model()
+        NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), freeze=["tower"])
+    with pytest.raises(ValueError, match=r"no part 'head'; expected one of vision, projector, language"):
+        NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), lr={"head": 1.0})
 
 
 def test_a_mismatch_in_a_step_names_the_sample(make_task: Callable[..., Path], processor: NemotronVLProcessor) -> None:

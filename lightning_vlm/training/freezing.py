@@ -7,7 +7,6 @@ keeps no activations.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 from torch import nn
 
@@ -18,12 +17,26 @@ from lightning_vlm.models.nemotron_vl import NemotronVL
 # training.
 _NEVER_TRAINED = ("layer_scale", "video_patch_projection")
 
-PartName = Literal["vision", "projector", "language"]
-PARTS: dict[PartName, str] = {
+PARTS: dict[str, str] = {
     "vision": "vision_model",
     "projector": "multi_modal_projector",
     "language": "language_model",
 }
+"""Parts by the names that users write, and the attribute of `NemotronVL` that each is."""
+
+
+def check_parts(names: Iterable[str]) -> None:
+    """Checks names of parts.
+
+    Args:
+        names: The names.
+
+    Raises:
+        ValueError: If one is not a part.
+    """
+    for name in names:
+        if name not in PARTS:
+            raise ValueError(f"the model has no part {name!r}; expected one of {', '.join(PARTS)}")
 
 
 def part(model: NemotronVL, name: str) -> nn.Module:
@@ -36,8 +49,7 @@ def part(model: NemotronVL, name: str) -> nn.Module:
     Raises:
         ValueError: If there is no such part.
     """
-    if name not in PARTS:
-        raise ValueError(f"the model has no part {name!r}; expected one of {', '.join(PARTS)}")
+    check_parts([name])
     return getattr(model, PARTS[name])
 
 

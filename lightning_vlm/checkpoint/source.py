@@ -1,0 +1,40 @@
+"""What a model or processor name stands for: a local folder, or a repository that the user asked for by its full name.
+
+A mistyped folder must not become a download: only ``organisation/name`` may reach the network, and only where no folder
+of that first part exists here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from lightning_vlm.schema import DataError
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def pretrained_source(name: str | os.PathLike[str], option: str) -> str:
+    """Checks a name before any library may look it up on a hub.
+
+    Args:
+        name: A folder, or ``organisation/name``.
+        option: What the user set it by, for the error.
+
+    Returns:
+        The name.
+
+    Raises:
+        DataError: If it is neither an existing folder nor a repository's full name.
+    """
+    name = os.fspath(name)
+    is_folder = bool(name) and Path(name).is_dir()
+    if is_folder or (_REPOSITORY.fullmatch(name) and not Path(name.split("/")[0]).is_dir()):
+        return name
+    raise DataError(
+        option,
+        f"{name!r} is not a folder (from {os.getcwd()!r}), expected a folder with a saved model and processor, or a "
+        "repository's full name, organisation/name",
+        f"correct {option}",
+    )
