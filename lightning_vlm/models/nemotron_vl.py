@@ -179,7 +179,7 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             logits_to_keep: Compute logits of the last so many positions only (0: all).
             num_items_in_batch: Divide the summed loss by this instead of by the batch's own label tokens.
             skip_logits: With ``labels``: compute the loss without materialising logits and return none.
-            **kwargs: Passed to the language model.
+            **kwargs: Passed to the language model; ``pixel_values_videos`` and ``input_features`` are not accepted yet.
 
         Returns:
             ``loss`` (float32 scalar, if ``labels``), ``logits`` ``(B, T, V)`` float32 (unless skipped),
@@ -187,13 +187,16 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
 
         Raises:
             FusionError: If placeholders and image features differ in number.
-            NotImplementedError: If ``cu_seqlens`` is given.
+            NotImplementedError: If ``cu_seqlens``, videos or audio are given.
         """
         if cu_seqlens is not None:
             raise NotImplementedError(
                 "cu_seqlens (a packed row) is not supported yet: Mamba layers would carry state across "
                 "documents; pass a padded batch with attention_mask"
             )
+        for media in ("pixel_values_videos", "input_features"):
+            if kwargs.pop(media, None) is not None:
+                raise NotImplementedError(f"{media} is not supported yet; the model takes images and text")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         inputs_embeds = self._with_images(inputs_embeds, input_ids, pixel_values, image_grid_hw, num_images)

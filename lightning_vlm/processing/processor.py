@@ -103,7 +103,11 @@ class NemotronVLProcessor(ProcessorMixin):
 
         Raises:
             ValueError: If texts and images do not match, with both counts.
+            NotImplementedError: If ``videos`` or ``audio`` is given.
         """
+        for media in ("videos", "audio"):
+            if kwargs.pop(media, None) is not None:
+                raise NotImplementedError(f"{media} is not supported yet; the processor takes text and images")
         if text is None:
             raise ValueError("text is missing; expected a text with one <image> per image")
         texts = [text] if isinstance(text, str) else list(text)

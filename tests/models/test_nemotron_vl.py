@@ -393,3 +393,11 @@ def test_a_projector_missing_from_the_checkpoint_is_reported_and_initialised(mak
     expected = model.config.text_config.initializer_range
     assert 0.75 * expected < projector.linear_1.weight.std() < 1.25 * expected
     assert 0.75 * expected < projector.linear_2.weight.std() < 1.25 * expected
+
+
+@pytest.mark.parametrize("media", ["pixel_values_videos", "input_features"])
+def test_other_media_are_refused_by_name(make_model, media):
+    model, ids = make_model(), torch.tensor([[7, 8]])
+    model(input_ids=ids, **{media: None})
+    with pytest.raises(NotImplementedError, match=f"{media} is not supported yet; the model takes images and text"):
+        model(input_ids=ids, **{media: torch.zeros(1, 3, 8, 8)})

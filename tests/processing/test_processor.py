@@ -388,3 +388,10 @@ print("works")
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert result.stdout == "works\n", result.stderr
+
+
+@pytest.mark.parametrize("media", ["videos", "audio"])
+def test_other_media_are_refused_by_name(processor: NemotronVLProcessor, media: str) -> None:
+    processor(text="hi", **{media: None})
+    with pytest.raises(NotImplementedError, match=f"{media} is not supported yet; the processor takes text and images"):
+        processor(text="hi", **{media: ["clip"]})
