@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.data.collate import PaddedCollate
@@ -87,7 +88,7 @@ class VLMDataModule(L.LightningDataModule):
         self.files = {"train": _listed(train), "val": _listed(val), "test": _listed(test), "predict": _listed(predict)}
         self.media_root = media_root
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.max_tokens = max_tokens
         self.num_workers = num_workers
         self.sampler: SamplerName = sampler  # type: ignore[assignment]
@@ -127,36 +128,45 @@ class VLMDataModule(L.LightningDataModule):
         return self._processor
 
     def setup(self, stage: Stage | None = None) -> None:
-        """Opens and checks the stage's files; a second call does nothing.
+        """Opens and checks the stage's files; a second call opens only what has changed on disk.
 
         Args:
             stage: ``fit``, ``validate``, ``test``, ``predict``, or ``None`` for all.
 
         Raises:
-            DataError: If a file or a row is not acceptable.
+            DataError: If the stage has no files, or a file or a row is not acceptable.
         """
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+        if stage and not self.files[splits[stage][0]]:
+            name = splits[stage][0]
+            raise DataError(f"data.{name}", f"there are no {name} files, expected at least one", f"set data.{name}")
         for split in splits[stage] if stage else self.files:
-            if split not in self._sources:
+            opened = self._sources.get(split)
+            if opened is None or any(source.has_changed() for source in opened):
                 self._sources[split] = open_sources(self.files[split], needs_answer=split != "predict")
+        if stage == "fit":  # a fit starts at the beginning unless its checkpoint, restored after this, says otherwise
+            self._train_loader = self._restored = None
 
-    def groups(self, split: str) -> list[str]:
-        """Names that scores of a split are grouped by: the stems of its files."""
-        return list(dict.fromkeys(Path(file).stem for file in self.files[split]))
+    def groups(self, split: str) -> dict[str, str]:
+        """The name that each file's scores are logged under: its stem, with its folder's name where stems are equal."""
+        paths = [Path(file) for file in self.files[split]]
+        stems = [path.stem for path in paths]
+        return {
+            str(path): path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}_{path.stem}" for path in paths
+        }
 
     def train_plan(self) -> EpochPlan:
         """The plan of training epochs: its length is the number of micro-batches of a rank."""
-        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
+        overfits = self._is_fitting() and self.trainer.overfit_batches > 0
         return self._plan("train", self.batch_size, "sequential" if overfits else self.sampler)
 
     def train_dataloader(self) -> ResumableLoader:
         """Resumable batches to train on."""
-        trainer = self.trainer
         self._train_loader = self._loader(
             "train",
             self.train_plan(),
-            micro_batches=lambda: trainer.accumulate_grad_batches if trainer else 1,
-            stop=lambda: int(trainer.num_training_batches) if trainer else len(self.train_plan()),
+            micro_batches=lambda: self.trainer.accumulate_grad_batches if self._is_fitting() else 1,
+            stop=lambda: int(self.trainer.num_training_batches) if self._is_fitting() else len(self.train_plan()),
         )
         if self._restored is not None:
             self._train_loader.load_state_dict(self._restored)
@@ -180,8 +190,8 @@ class VLMDataModule(L.LightningDataModule):
         return self._train_loader.state_dict() if self._train_loader else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a position, whether or not the loader exists yet."""
-        if not state_dict:
+        """Continues from a position, whether or not the loader exists yet; testing a checkpoint moves nothing."""
+        if not state_dict or (self.trainer is not None and not self._is_fitting()):
             return
         if self._train_loader is None:
             self._restored = state_dict
@@ -211,7 +221,7 @@ class VLMDataModule(L.LightningDataModule):
         return ResumableLoader(
             dataset,
             plan,
-            PaddedCollate(self.processor.tokenizer.pad_token_id or 0),
+            PaddedCollate(self.processor.pad_token_id),
             rank=rank,
             num_workers=self.num_workers,
             pin_memory=self._pins_memory(),
@@ -224,6 +234,11 @@ class VLMDataModule(L.LightningDataModule):
         if split not in self._sources:
             raise RuntimeError(f"the {split} files are not open; call setup() first")
         return self._sources[split]
+
+    def _is_fitting(self) -> bool:
+        """Whether a Trainer's fit is under way; after it, the datamodule stands alone again."""
+        state = self.trainer.state if self.trainer is not None else None
+        return state is not None and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
 
     def _ranks(self) -> tuple[int, int]:
         """Number of data-parallel ranks and this one's; (1, 0) without a Trainer."""
@@ -239,7 +254,7 @@ class VLMDataModule(L.LightningDataModule):
 
 
 def _check_selection(name: str, value: Any) -> None:
-    if value in _LATER[name] and value not in _NOW[name]:
+    if isinstance(value, (str, bool)) and value in _LATER[name]:
         instead = _LATER[name][value]
         raise NotImplementedError(f"{name}={value!r} is not available yet; use {name}={instead!r}")
     if value not in _NOW[name]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import ModuleDict
@@ -25,11 +26,11 @@ from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.fusion import FusionError
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.processing.processor import NemotronVLProcessor
-from lightning_vlm.schema import DataError, VLMBatch
+from lightning_vlm.schema import DataError, VLMBatch, file_of
 from lightning_vlm.training.freezing import check_parts, freeze
 from lightning_vlm.training.generation import generate_answers
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
-from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens, group_of
+from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens
 from lightning_vlm.training.optim import parameter_groups, warmup_cosine
 from lightning_vlm.training.resume import rewind_to_last_step
 
@@ -81,6 +82,7 @@ class NemotronVLModule(L.LightningModule):
         self.processor: NemotronVLProcessor | None = None
         self.val_loss = MeanOverTokens()
         self.scores = ModuleDict()
+        self._groups: dict[str, str] = {}  # file -> name of its score group
         self._step_loss: Tensor | None = None
         self._applied = (0, 0)  # epoch, and batches of it whose gradient is in the weights
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
@@ -105,13 +107,25 @@ class NemotronVLModule(L.LightningModule):
         self.model = model
 
     def setup(self, stage: str) -> None:
-        """Takes the processor and the names of score groups from the datamodule."""
+        """Starts afresh, and takes the processor and the names of score groups from the datamodule.
+
+        Raises:
+            NotImplementedError: If a callback changes ``accumulate_grad_batches`` during the run.
+        """
+        if stage == "fit":
+            if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
+                raise NotImplementedError(
+                    "GradientAccumulationScheduler is not supported: the number of steps and an exact resume would not "
+                    "follow it; set trainer.accumulate_grad_batches"
+                )
+            self._applied, self._step_loss = (0, 0), None  # a checkpoint is loaded after this
         datamodule = self._datamodule
         if datamodule is None:
             return
         self.processor = datamodule.processor
         for split in {"fit": ("val",), "validate": ("val",), "test": ("test",)}.get(stage, ()):
-            for key in [split, *(_score_key(split, group) for group in datamodule.groups(split))]:
+            self._groups |= datamodule.groups(split)
+            for key in [split, *(_score_key(split, group) for group in datamodule.groups(split).values())]:
                 if key not in self.scores:
                     self.scores[key] = ModuleDict({name: score() for name, score in SCORES.items()})
         self.scores.to(self.device)
@@ -232,13 +246,13 @@ class NemotronVLModule(L.LightningModule):
         trainer = self.trainer
         limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
         if trainer.max_epochs is not None and trainer.max_epochs >= 0 and self._datamodule is not None:
-            batches = len(self._datamodule.train_plan())
-            if trainer.overfit_batches > 0:
-                batches = _limited(batches, trainer.overfit_batches)
-            batches = _limited(batches, trainer.limit_train_batches)
+            # Lightning has copied overfit_batches into the limit.
+            batches = _limited(len(self._datamodule.train_plan()), trainer.limit_train_batches)
             limits.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
         if not limits:
-            raise ValueError("the schedule needs to know the number of steps; set trainer.max_steps or max_epochs")
+            raise ValueError(
+                "the schedule needs to know the number of steps; set trainer.max_steps or max_epochs (besides max_time)"
+            )
         return min(limits)
 
     @property
@@ -266,7 +280,8 @@ class NemotronVLModule(L.LightningModule):
         answers = self.answer(batch)
         rows = [row for row in range(len(batch)) if batch.counted[row]]
         for row in rows:
-            for key in (split, _score_key(split, group_of(batch.sources[row]))):
+            group = self._groups.get(file_of(batch.sources[row]), "")
+            for key in (split, _score_key(split, group)):
                 for score in self._scores(key).values():
                     score.update([answers[row]], [batch.references[row]])
         return {"answers": answers}

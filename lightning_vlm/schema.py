@@ -38,6 +38,11 @@ class DataError(ValueError):
         return f"{self.source}: {self.problem}; {self.fix}."
 
 
+def file_of(source: str) -> str:
+    """The file of a place: ``file:line`` without the line."""
+    return source.rpartition(":")[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """A run of text inside a turn."""

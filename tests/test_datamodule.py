@@ -6,12 +6,13 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import lightning as L
 import pytest
 import torch
 
-from lightning_vlm import NemotronVLProcessor, VLMDataModule
+from lightning_vlm import NemotronVLConfig, NemotronVLModule, NemotronVLProcessor, VLMDataModule
 from lightning_vlm.schema import DataError
 
 BOT = {"role": "assistant", "content": "ho"}
@@ -102,7 +103,9 @@ def test_what_is_missing_is_named(make_task: Callable[..., Path], processor: Nem
     with pytest.raises(ValueError, match="no processor; name one"):
         VLMDataModule().processor  # noqa: B018
     data = VLMDataModule(processor=processor)
-    data.setup("fit")
+    for stage, split in {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}.items():
+        with pytest.raises(DataError, match=f"data.{split}: there are no {split} files, expected at least one"):
+            data.setup(stage)
     with pytest.raises(ValueError, match=r"no train files; pass train='file.jsonl'"):
         data.train_dataloader()
     with pytest.raises(RuntimeError, match=r"call setup\(\) first"):
@@ -185,3 +188,46 @@ def test_what_workers_receive_can_be_pickled(make_task: Callable[..., Path], pro
     copied = pickle.loads(pickle.dumps(loader._batches))
     planned = loader.plan.batches(0)[0]
     assert torch.equal(copied[planned].input_ids, loader._batches[planned].input_ids)
+
+
+def test_an_edited_file_is_opened_again(write_rows: Callable[..., Path], processor: NemotronVLProcessor) -> None:
+    def sources(data: VLMDataModule) -> list[str]:
+        data.setup("fit")
+        return [batch.prompts[0] for batch in data.train_dataloader()]
+
+    row = {"messages": [{"role": "user", "content": "short"}, BOT]}
+    longer = {"messages": [{"role": "user", "content": "a longer question"}, BOT]}
+    data = VLMDataModule(train=str(write_rows([row, row])), processor=processor, batch_size=1, sampler="sequential")
+    assert ["short" in prompt for prompt in sources(data)] == [True, True]
+    write_rows([longer, row, longer])
+    assert ["longer" in prompt for prompt in sources(data)] == [True, False, True]
+
+
+def test_testing_a_checkpoint_does_not_move_the_training_position(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor, tmp_path: Path
+) -> None:
+    config = NemotronVLConfig.tiny(pattern="M*", hidden_size=32, vision_hidden_size=32, vision_layers=1)
+    file = str(make_task(6))
+
+    def trainer(**options: Any) -> L.Trainer:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        return L.Trainer(accelerator="cpu", enable_checkpointing=False, callbacks=[seen], **quiet, **options)
+
+    class Seen(L.Callback):
+        rows: ClassVar[list[str]] = []
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.rows.extend(batch.sources)
+
+    seen = Seen()
+    data = VLMDataModule(train=file, test=file, processor=processor, batch_size=2)
+    first = trainer(max_steps=1)
+    first.fit(NemotronVLModule(config=config, max_new_tokens=2), datamodule=data)
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    trainer().test(
+        NemotronVLModule(config=config, max_new_tokens=2), data, ckpt_path=tmp_path / "one.ckpt", verbose=False
+    )
+    seen.rows.clear()
+    trainer(max_epochs=1).fit(NemotronVLModule(config=config), datamodule=data)
+    assert len(seen.rows) == len(set(seen.rows)) == 6, "a fresh fit sees every row"
+    assert len(list(data.train_dataloader())) == 3, "after a fit the datamodule stands alone again"

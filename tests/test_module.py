@@ -10,11 +10,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 
 from lightning_vlm import NemotronVLConfig, NemotronVLModule, NemotronVLProcessor, VLMDataModule
 from lightning_vlm.schema import DataError
-from lightning_vlm.training.metrics import group_of
 
 TINY = {"pattern": "M*E", "hidden_size": 32, "vision_hidden_size": 32, "vision_layers": 1}
 
@@ -145,6 +145,7 @@ def test_frozen_parts_stay_and_trained_parts_move(
         ({"max_epochs": 50, "max_steps": 7}, 7),
         ({"max_epochs": -1, "max_steps": 9}, 9),
         ({"max_epochs": 2, "overfit_batches": 2}, 2 * 2),
+        ({"max_epochs": 2, "overfit_batches": 0.5}, 2 * 3),
     ],
     ids=str,
 )
@@ -258,11 +259,6 @@ def test_dropout_is_a_function_of_the_position() -> None:
     assert not torch.equal(draws[0], draws[1])
 
 
-def test_group_of() -> None:
-    assert group_of("data/digits/val/row.v2.jsonl:12") == "row.v2"
-    assert group_of("C:\\data\\row.jsonl:12") == "row"
-
-
 def test_building_it_makes_no_weights_and_touches_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("CUDA was initialised"))
     assert NemotronVLModule(model_id="somewhere/absent").model is None
@@ -312,3 +308,32 @@ def test_other_loaders_must_tell_the_steps_label_tokens(
         quiet_trainer(max_steps=1).fit(module, batches)
     with pytest.raises(ValueError, match=r"needs to know the number of steps; set trainer.max_steps or max_epochs"):
         quiet_trainer(max_epochs=1).fit(module, batches)
+
+
+def test_a_changing_accumulation_is_refused_by_name(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor
+) -> None:
+    with pytest.raises(NotImplementedError, match="GradientAccumulationScheduler is not supported"):
+        run(make_task(4), processor, GradientAccumulationScheduler({0: 4, 1: 1}))
+
+
+def test_a_second_fit_starts_afresh(make_task: Callable[..., Path], processor: NemotronVLProcessor) -> None:
+    module = run(make_task(8), processor, batch_size=2)
+    assert module._applied == (0, 4)
+    module._step_loss = torch.tensor(100.0)  # as an interrupted accumulation leaves it
+    recorded = Gradients()
+    data = VLMDataModule(train=str(make_task(8)), processor=processor, batch_size=2)
+    quiet_trainer(callbacks=[recorded], max_steps=1).fit(module, datamodule=data)
+    assert recorded.losses[0] < 20
+    assert module._applied == (0, 1)
+
+
+def test_files_of_one_name_are_scored_apart(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor, tmp_path: Path
+) -> None:
+    files = [str(make_task(2, name)) for name in ("a/rows.jsonl", "b/rows.jsonl", "plain")]
+    module = NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), max_new_tokens=2)
+    data = VLMDataModule(val=files, processor=processor, media_root=str(tmp_path))
+    scores = quiet_trainer().validate(module, datamodule=data, verbose=False)
+    names = {name.removeprefix("val/gen/anls") for name in scores[0] if "anls" in name}
+    assert names == {"", "/a_rows", "/b_rows", "/plain"}

@@ -41,3 +41,4 @@ class RunCheckpoint(ModelCheckpoint):
         if not trainer.fast_dev_run:
             path = Path(self.dirpath or ".") / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
             trainer.save_checkpoint(path, weights_only=False)
+            self.last_model_path = str(path)

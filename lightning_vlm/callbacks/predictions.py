@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_vlm.media.image import patches_to_pixels
-from lightning_vlm.schema import VLMBatch
-from lightning_vlm.training.metrics import SCORES, group_of
+from lightning_vlm.schema import VLMBatch, file_of
+from lightning_vlm.training.metrics import SCORES
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +119,7 @@ class PredictionTable(L.Callback):
             lines = [line for part in gathered for line in part]
         if trainer.is_global_zero:
             path = self._path(trainer, "predictions.jsonl")
-            place = {line["source"]: line["source"].rpartition(":") for line in lines}
-            lines.sort(key=lambda line: (place[line["source"]][0], int(place[line["source"]][2])))
+            lines.sort(key=lambda line: _position(line["source"], trainer))
             path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
             rank_zero_info(f"{len(lines)} answers: {path}")
         self._write(trainer, "predict")
@@ -132,7 +131,7 @@ class PredictionTable(L.Callback):
         if not trainer.is_global_zero or not outputs or "answers" not in outputs:
             return
         for row, source in enumerate(batch.sources):
-            kept = self._rows.setdefault(group_of(source), [])
+            kept = self._rows.setdefault(file_of(source), [])
             if len(kept) < self.max_rows and batch.counted[row]:
                 kept.append(_prediction(batch, row, outputs["answers"][row], trainer.predicting))
 
@@ -193,6 +192,13 @@ def render_page(rows: list[Prediction], title: str) -> str:
     means = {name: [row.scores[name] for row in rows if name in row.scores] for name in names}
     summary = ", ".join(f"{name} {sum(values) / len(values):.3f}" for name, values in means.items() if values)
     return _PAGE.format(title=html.escape(title), count=len(rows), summary=summary, head=head, body=body)
+
+
+def _position(source: str, trainer: L.Trainer) -> tuple[int, str, int]:
+    """Sorts places as the config lists their files."""
+    files = [str(Path(file)) for file in getattr(trainer.datamodule, "files", {}).get("predict", [])]
+    file = file_of(source)
+    return files.index(file) if file in files else len(files), file, int(source.rpartition(":")[2])
 
 
 def _prediction(batch: VLMBatch, row: int, answer: str, predicting: bool) -> Prediction:

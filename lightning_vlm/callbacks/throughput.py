@@ -1,6 +1,7 @@
 """Throughput: real tokens and images per second, and the share of time spent waiting for data.
 
-Padding is not counted. The rates cover the batches since the last logged step, over all ranks.
+Padding is not counted. The rates cover the batches since the last logged step, over all ranks. Waiting is the time
+between two batches: loading, and whatever else runs there, such as saving a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class Throughput(L.Callback):
         self._tokens = self._images = 0
         self._wait_s = 0.0
         self._window_start = self._last_end = 0.0
+        self._logged_step = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock."""
@@ -43,8 +45,10 @@ class Throughput(L.Callback):
             self._tokens += batch.num_tokens
             self._images += int(batch.num_images.sum())
         now = self._last_end = time.perf_counter()
-        if (batch_idx + 1) % trainer.log_every_n_steps or now <= self._window_start:
+        step = trainer.global_step  # what Lightning's own logging counts, over epochs and accumulated batches
+        if step % max(trainer.log_every_n_steps, 1) or step == self._logged_step:
             return
+        self._logged_step = step
         elapsed = now - self._window_start
         pl_module.log_dict(
             {

@@ -40,6 +40,7 @@ def parse_row(row: Any, source: str, needs_answer: bool = True) -> Conversation:
     """
     if not isinstance(row, dict):
         raise DataError(source, f"the row is {_kind(row)}, expected an object", "write one JSON object per line")
+    row = {key: value for key, value in row.items() if value is not None}  # columns that other rows have
     if "messages" in row:
         raw, role_key, content_key = row["messages"], "role", "content"
     elif "conversations" in row:
@@ -109,7 +110,7 @@ def _parse_part(item: Any, number: int, source: str) -> list[Part]:
         if kind == "text" and isinstance(item.get("text"), str):
             return _split_text(item["text"])
         if kind in ("image", "image_url"):
-            ref = next((item[key] for key in ("image", "image_url", "path", "url") if key in item), None)
+            ref = next((item[key] for key in ("image", "image_url", "path", "url") if item.get(key) is not None), None)
             ref = ref.get("url") if isinstance(ref, dict) else ref
             if ref is None:
                 return [_SLOT]
@@ -160,6 +161,15 @@ def _references(row: dict[str, Any], source: str) -> tuple[str, ...]:
 
 def _check(conversation: Conversation, needs_answer: bool) -> None:
     source, turns = conversation.source, conversation.turns
+    for number, turn in enumerate(turns, start=1):
+        try:
+            turn.text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                source,
+                f"turn {number} ({turn.role}) holds half of a character ({error.object[error.start]!r}), expected text",
+                "remove it: an emoji was cut in two",
+            ) from error
     if not turns:
         raise DataError(source, "the conversation is empty, expected at least one turn", "add turns or remove the row")
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]

@@ -106,9 +106,10 @@ class ResumableLoader:
         stream = iter(loader)
         while self.yielded < stop:
             step = self._take_step(stream, self.yielded, stop)
-            for batch in step:
+            step.reverse()
+            while step:
                 self.yielded += 1  # before the yield: the consumer never asks for a batch after the last one
-                yield batch
+                yield step.pop()  # and held no longer: the consumer moves it to a GPU
 
     def _take_step(self, stream: Iterator[VLMBatch | DataError], position: int, stop: int) -> list[VLMBatch]:
         """The micro-batches up to the next optimizer step, each told the step's label tokens on this rank."""
@@ -125,7 +126,12 @@ class ResumableLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position: epoch, batches done in it, and the plan they belong to."""
-        return {"epoch": self.epoch, "yielded": self.yielded, "fingerprint": self.plan.fingerprint}
+        return {
+            "epoch": self.epoch,
+            "yielded": self.yielded,
+            "batches": len(self.plan),
+            "fingerprint": self.plan.fingerprint,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a position.
@@ -136,14 +142,15 @@ class ResumableLoader:
         Raises:
             ValueError: If the plan has changed since (data, batch size, seed, sampler or number of ranks).
         """
-        if state["fingerprint"] != self.plan.fingerprint and state["yielded"] < len(self.plan):
+        finished = state["yielded"] >= state["batches"]  # by the plan that it belongs to, not by this one
+        if state["fingerprint"] != self.plan.fingerprint and not finished:
             raise ValueError(
                 f"the checkpoint stopped after batch {state['yielded']} of epoch {state['epoch']} of another plan; to "
                 "resume exactly, keep data files, batch_size, sampler, seed and number of ranks as they were (now: "
                 f"{self.plan})"
             )
         epoch, yielded = state["epoch"], state["yielded"]
-        if yielded >= len(self.plan):  # a finished epoch continues with the next
+        if finished:  # continue with the next epoch
             epoch, yielded = epoch + 1, 0
         self.epoch, self.yielded, self._start = epoch, yielded, yielded
 

@@ -35,7 +35,9 @@ class JsonlSource:
         self.path = Path(path)
         self.needs_answer = needs_answer
         if not self.path.is_file():
-            raise DataError(str(path), "the file does not exist", "correct the path in the data config")
+            found = "is a folder, expected a JSONL file" if self.path.is_dir() else "does not exist"
+            raise DataError(str(path), f"the file {found}", "correct the path in the data config")
+        self._stat = _stat(self.path)
         self._starts = array.array("q")
         self._lines = array.array("q")
         position, digest = 0, hashlib.sha256()
@@ -52,6 +54,10 @@ class JsonlSource:
     def name(self) -> str:
         """The file's stem: what scores and counts are grouped by."""
         return self.path.stem
+
+    def has_changed(self) -> bool:
+        """Whether the file on disk is no longer the one that was opened."""
+        return not self.path.is_file() or _stat(self.path) != self._stat
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -90,6 +96,11 @@ class JsonlSource:
         return parse_row(_decode(line, self.place(index)), self.place(index), self.needs_answer)
 
 
+def _stat(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
 def _decode(line: bytes, place: str) -> Any:
     try:
         return json.loads(line)
@@ -104,6 +115,8 @@ def _decode(line: bytes, place: str) -> Any:
             f"the row is not JSON ({error.msg} at column {error.colno}): {found!r}, expected one JSON object per line",
             f"correct the row{array_hint}",
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting without end
+        raise DataError(place, f"the row cannot be read ({error}), expected plain JSON", "correct the row") from error
 
 
 def open_sources(paths: Sequence[str | Path], needs_answer: bool = True) -> list[JsonlSource]:

@@ -12,7 +12,7 @@ to and including its end token. Nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,25 +35,29 @@ class Span:
     trained: bool
 
 
-def to_messages(conversation: Conversation, image_token: str) -> list[Message]:
+def to_messages(conversation: Conversation, image_token: str, reserved: Sequence[str] = ()) -> list[Message]:
     """Chat-template messages: each turn's parts joined verbatim, every image as one ``image_token``.
 
     Args:
         conversation: The conversation.
         image_token: The tokenizer's image placeholder.
+        reserved: Further tokens that only the processor and the template may write.
 
     Raises:
-        DataError: If a text contains the placeholder itself, which would count as an image.
+        DataError: If a text contains one of these tokens, which would then stand for an image or end a turn.
     """
     messages = []
     for number, turn in enumerate(conversation.turns, start=1):
         for part in turn.parts:
-            if isinstance(part, Text) and image_token in part.text:
-                raise DataError(
-                    conversation.source,
-                    f"the text of turn {number} ({turn.role}) contains {image_token!r}, which stands for an image",
-                    "give the row one image per placeholder, or write the word differently",
-                )
+            for token in (image_token, *reserved):
+                if isinstance(part, Text) and token in part.text:
+                    stands_for = "stands for an image" if token == image_token else "is a control token of the model"
+                    raise DataError(
+                        conversation.source,
+                        f"the text of turn {number} ({turn.role}) contains {token!r}, which {stands_for}, "
+                        "expected plain text",
+                        "give the row one image per placeholder, or write the word differently",
+                    )
         content = "".join(part.text if isinstance(part, Text) else image_token for part in turn.parts)
         messages.append({"role": turn.role, "content": content})
     return messages

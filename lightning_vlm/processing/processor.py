@@ -152,7 +152,8 @@ class NemotronVLProcessor(ProcessorMixin):
             DataError: If the conversation cannot be rendered or holds more or fewer images than given.
         """
         source = conversation.source
-        messages = to_messages(conversation, self.image_token)
+        reserved = (self.image_start_token, self.image_end_token, self.tokenizer.eos_token)
+        messages = to_messages(conversation, self.image_token, [token for token in reserved if token])
         if isinstance(self.chat_template, str):  # it may not be the tokenizer's; a dict of named ones is
             template_kwargs = {"chat_template": self.chat_template, **(template_kwargs or {})}
         if answer:
@@ -199,6 +200,12 @@ class NemotronVLProcessor(ProcessorMixin):
         first, *rest = text.split(self.image_token)
         runs = (self.image_start_token + self.image_token * next(counts) + self.image_end_token for _ in rest)
         return first + "".join(run + piece for run, piece in zip(runs, rest))
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills batches: the padding token, or the end token where a tokenizer has none (it is masked anyway)."""
+        tokenizer = self.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @property
     def model_input_names(self) -> list[str]:

@@ -48,7 +48,7 @@ def generate_answers(
         ``B`` texts without special tokens.
     """
     tokenizer = processor.tokenizer
-    input_ids, attention_mask = left_padded_prompts(batch, tokenizer.pad_token_id)
+    input_ids, attention_mask = left_padded_prompts(batch, processor.pad_token_id)
     generated = model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -56,7 +56,7 @@ def generate_answers(
         image_grid_hw=batch.image_grid_hw,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=processor.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         synced_gpus=in_step,
     )

@@ -97,11 +97,6 @@ class ANLS(AnswerScore):
 SCORES: dict[str, type[AnswerScore]] = {"exact_match": ExactMatch, "anls": ANLS}
 
 
-def group_of(source: str) -> str:
-    """Score group of a sample: the stem of its file, from ``file:line``."""
-    return source.rpartition(":")[0].replace("\\", "/").rpartition("/")[2].rpartition(".")[0]
-
-
 def edit_distance(left: str, right: str) -> int:
     """Levenshtein distance: insertions, deletions and substitutions, each costing 1."""
     previous = list(range(len(right) + 1))

@@ -83,6 +83,13 @@ def test_inline_and_listed_images_mix() -> None:
     assert [image.ref for image in parse_row(row, "f:1").images] == ["inline.png", "1.png", "2.png"]
 
 
+def test_null_columns_are_absent_columns() -> None:
+    row = {**SAME["llava"], "images": None, "messages": None, "answers": None}
+    assert parse_row(row, "f:1").turns == (ASK, SAY)
+    inline = [{"type": "image", "image": None, "url": "a.png"}, {"type": "text", "text": "\nWhat?"}]
+    assert parse_row({"messages": [{"role": "user", "content": inline}, BOT]}, "f:1").turns[0] == ASK
+
+
 def test_answers_are_references() -> None:
     assert parse_row({"messages": [USER, BOT], "answers": ["ho", "HO"]}, "f:1").references == ("ho", "HO")
 
@@ -121,6 +128,10 @@ BAD: dict[str, tuple[Any, list[str]]] = {
         {"image": "a", "messages": [USER, BOT, {"role": "user", "content": "<image>"}]},
         ["nothing is learned"],
     ),
+    "half an emoji": (
+        '{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "x"}]}',
+        ["turn 1", "half of a character"],
+    ),
     "answers not texts": ({"messages": [USER, BOT], "answers": [1]}, ["[1]", "list of texts"]),
 }
 
@@ -143,6 +154,8 @@ def test_bad_rows_are_told_in_one_sentence(write_rows: Callable[..., Path], row:
         ("{'messages': []}", ["not JSON", "column 2", "{'messages'"]),
         ("[", ["not JSON", "jq -c"]),
         ('{"messages": [', ["not JSON"]),
+        ('{"messages": ' + "9" * 5000 + "}", ["cannot be read", "plain JSON"]),
+        ("[" * 200_000, ["cannot be read", "plain JSON"]),
     ],
 )
 def test_a_row_that_is_not_json(write_rows: Callable[..., Path], line: str, words: list[str]) -> None:
@@ -163,6 +176,8 @@ def test_a_row_that_is_not_utf8(tmp_path: Path) -> None:
 def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere.jsonl: the file does not exist"):
         open_sources([tmp_path / "nowhere.jsonl"])
+    with pytest.raises(DataError, match=r"the file is a folder, expected a JSONL file"):
+        open_sources([tmp_path])
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match=r"empty.jsonl: the file has no rows"):
         open_sources([tmp_path / "empty.jsonl"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -62,13 +64,13 @@ def test_state_restored_after_the_iterator_was_made_still_counts() -> None:
     whole = rows(loader())
     late = loader()
     iterator = iter(late)
-    late.load_state_dict({"epoch": 0, "yielded": 3, "fingerprint": late.plan.fingerprint})
+    late.load_state_dict({"epoch": 0, "yielded": 3, "batches": 7, "fingerprint": late.plan.fingerprint})
     assert rows(iterator) == whole[3:]
 
 
 def test_setting_the_restored_epoch_keeps_the_position() -> None:
     resumed = loader()
-    resumed.load_state_dict({"epoch": 2, "yielded": 4, "fingerprint": resumed.plan.fingerprint})
+    resumed.load_state_dict({"epoch": 2, "yielded": 4, "batches": 7, "fingerprint": resumed.plan.fingerprint})
     resumed.set_epoch(2)
     assert len(rows(resumed)) == 3
     assert len(resumed) == 7, "the length stays that of a whole epoch"
@@ -79,7 +81,7 @@ def test_setting_the_restored_epoch_keeps_the_position() -> None:
 def test_each_micro_batch_knows_the_label_tokens_of_its_step(micro_batches: int, start: int) -> None:
     data = loader(micro_batches=lambda: micro_batches)
     start -= start % micro_batches
-    data.load_state_dict({"epoch": 0, "yielded": start, "fingerprint": data.plan.fingerprint})
+    data.load_state_dict({"epoch": 0, "yielded": start, "batches": 7, "fingerprint": data.plan.fingerprint})
     batches = list(data)
     for first in range(0, len(batches), micro_batches):
         step = batches[first : first + micro_batches]
@@ -107,6 +109,18 @@ def test_an_error_in_a_worker_arrives_as_its_own_sentence(workers: int) -> None:
 def test_another_plan_is_refused_inside_an_epoch_and_welcome_between_epochs() -> None:
     data = loader()
     with pytest.raises(ValueError, match="another plan"):
-        data.load_state_dict({"epoch": 1, "yielded": 3, "fingerprint": "other"})
-    data.load_state_dict({"epoch": 1, "yielded": len(data), "fingerprint": "other"})
+        data.load_state_dict({"epoch": 1, "yielded": 3, "batches": 9, "fingerprint": "other"})
+    with pytest.raises(ValueError, match="another plan"):  # further than this plan is long, yet not finished
+        data.load_state_dict({"epoch": 1, "yielded": 8, "batches": 9, "fingerprint": "other"})
+    data.load_state_dict({"epoch": 1, "yielded": 9, "batches": 9, "fingerprint": "other"})
     assert data.epoch == 2
+
+
+def test_a_used_batch_is_not_held() -> None:
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+    for batch in loader(batch_size=1, micro_batches=lambda: 6):
+        alive.add(batch.input_ids)
+        del batch
+        most = max(most, len(alive))
+    assert most <= 1

@@ -395,3 +395,10 @@ def test_other_media_are_refused_by_name(processor: NemotronVLProcessor, media: 
     processor(text="hi", **{media: None})
     with pytest.raises(NotImplementedError, match=f"{media} is not supported yet; the processor takes text and images"):
         processor(text="hi", **{media: ["clip"]})
+
+
+@pytest.mark.parametrize("token", ["<image>", "<img>", "</img>", "<|im_end|>"])
+def test_data_cannot_write_control_tokens(processor: NemotronVLProcessor, token: str) -> None:
+    turns = (Turn("user", (Text(f"what is {token}?"),)), Turn("assistant", (Text("x"),)))
+    with pytest.raises(DataError, match=r"f:1: the text of turn 1 \(user\) contains .* expected plain text"):
+        processor.encode(Conversation(turns, "f:1"), [])
