@@ -182,16 +182,15 @@ class NemotronVLModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes the checkpoint stand between two optimizer steps, wherever the run was stopped."""
-        checkpoint["applied_batches"] = {"epoch": self._applied[0], "batches": self._applied[1]}
-        if self._datamodule is not None:
-            key = type(self._datamodule).__qualname__
-            if taken_back := rewind_to_last_step(checkpoint, key, self._applied):
-                rank_zero_info(f"stopped inside an optimizer step: {taken_back} batch(es) will be repeated on resume")
+        if self._datamodule is not None and (
+            taken_back := rewind_to_last_step(checkpoint, type(self._datamodule).__qualname__, self._applied)
+        ):
+            rank_zero_info(f"stopped inside an optimizer step: {taken_back} batch(es) will be repeated on resume")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continues the count of batches in the weights."""
-        if applied := checkpoint.get("applied_batches"):
-            self._applied = (applied["epoch"], applied["batches"])
+        """Continues the count of batches in the weights: all that the data's position has passed."""
+        if self._datamodule is not None and (position := checkpoint.get(type(self._datamodule).__qualname__)):
+            self._applied = (position["epoch"], position["yielded"])
 
     def validation_step(self, batch: VLMBatch, batch_idx: int) -> dict[str, Any]:
         """Loss and, if wanted, generated answers; see `_evaluate`."""

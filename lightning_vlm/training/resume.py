@@ -27,15 +27,15 @@ def rewind_to_last_step(checkpoint: dict[str, Any], datamodule_key: str, applied
     # The epoch that the batch counters belong to; `Trainer.current_epoch` is one further after its last batch.
     epoch = loop["epoch_progress"]["current"]["ready"] - 1
     done = applied[1] if applied[0] == epoch else 0
-    if current["ready"] <= done:
+    # Also where the loop has not counted a batch yet: it left the loader, and then failed on its way to the device.
+    for position in (*loop["state_dict"].get("combined_loader", []), checkpoint.get(datamodule_key)):
+        if position and position["epoch"] == epoch:
+            position["yielded"] = min(position["yielded"], done)
+    taken_back = max(current["ready"] - done, 0)
+    if not taken_back:
         return 0
-    taken_back = current["ready"] - done
     for counter in ("ready", "started", "processed", "completed"):
         total[counter] += done - current[counter]
         current[counter] = done
     progress["is_last_batch"] = False
-    positions = [*loop["state_dict"].get("combined_loader", []), checkpoint.get(datamodule_key)]
-    for position in positions:
-        if position:
-            position["yielded"] = done
     return taken_back
