@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from lightning_vlm.checkpoint.source import pretrained_source
@@ -31,7 +30,6 @@ _LATER: dict[str, dict[Any, Any]] = {
 }
 _NOW: dict[str, tuple[Any, ...]] = {"sampler": ("shuffle", "sequential"), "packing": (False,), "collate": ("padded",)}
 
-Stage = str
 Files = str | list[str] | None
 
 
@@ -127,7 +125,7 @@ class VLMDataModule(L.LightningDataModule):
                 ) from error
         return self._processor
 
-    def setup(self, stage: Stage | None = None) -> None:
+    def setup(self, stage: str | None = None) -> None:
         """Opens and checks the stage's files; a second call opens only what has changed on disk.
 
         Args:
@@ -246,11 +244,7 @@ class VLMDataModule(L.LightningDataModule):
         return (ranks["num_replicas"], ranks["rank"]) if ranks else (1, 0)
 
     def _pins_memory(self) -> bool:
-        return (
-            self.trainer is not None
-            and isinstance(self.trainer.strategy.root_device, torch.device)
-            and (self.trainer.strategy.root_device.type == "cuda")
-        )
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
 
 def _check_selection(name: str, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 The default path resizes with Pillow and keeps uint8 (a quarter of the memory and transfer of float32; the
 model normalises on its device). It clamps the bicubic overshoot that a float resize keeps; ``as_float`` is
-that exact float path, equal to transformers' torchvision backend, for parity tests and for users who want it.
+that float path, by the formula of transformers' torchvision backend, for users who want it.
 """
 
 from __future__ import annotations

@@ -15,9 +15,8 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.training.freezing import PARTS, part
 
-# Decay rates, skip gains and step biases of Mamba multiply no activations: shrinking them changes time
-# constants.
-_NEVER_DECAYED = ("A_log", ".D", "dt_bias", "position_embedding", "cls_register_token")
+# Learned positions are matrices by shape only. (Mamba's scalars, norms and biases have one dimension: never decayed.)
+_NEVER_DECAYED = ("position_embedding", "cls_register_token")
 
 
 def parameter_groups(model: NemotronVL, lr: float | dict[str, float], weight_decay: float) -> list[dict[str, Any]]:

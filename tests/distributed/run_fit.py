@@ -53,6 +53,11 @@ def main() -> None:
         batch_size=arguments.batch_size,
         sampler="sequential",
     )
+    # Right answers on even lines, so that the scores to compare are neither 0 nor 1.
+    module.answer = lambda batch: [  # type: ignore[method-assign]
+        references[0] if int(source.rpartition(":")[2]) % 2 == 0 else "?"
+        for source, references in zip(batch.sources, batch.references)
+    ]
     record = Record()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -70,6 +75,7 @@ def main() -> None:
     )
     trainer.fit(module, datamodule=data)
     scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    del module.answer
     trainer.predict(module, datamodule=data, return_predictions=False)
     torch.save(
         {"gradients": record.gradients, "losses": record.losses, "rows": record.rows, "scores": scores},

@@ -35,7 +35,7 @@ def policy(tmp_path: Path) -> MediaPolicy:
     return MediaPolicy(root)
 
 
-def refused(load: Load, ref: str, policy: MediaPolicy, *, found: str, fix: str) -> MediaError:
+def assert_refused(load: Load, ref: str, policy: MediaPolicy, *, found: str, fix: str) -> MediaError:
     """Loads, expects an error, and checks that it is one sentence with everything that a user needs."""
     with pytest.raises(MediaError) as caught:
         load(ref, policy, SOURCE)
@@ -69,7 +69,7 @@ def png_bytes(image: Image.Image) -> bytes:
 class TestPaths:
     @BOTH
     def test_missing_file(self, load: Load, policy: MediaPolicy) -> None:
-        refused(
+        assert_refused(
             load,
             "no.png",
             policy,
@@ -80,22 +80,22 @@ class TestPaths:
     @BOTH
     def test_folder(self, load: Load, policy: MediaPolicy) -> None:
         (policy.media_root / "album").mkdir()
-        refused(load, "album", policy, found="'album' is a folder", fix="correct the path")
+        assert_refused(load, "album", policy, found="'album' is a folder", fix="correct the path")
 
     @BOTH
     @pytest.mark.parametrize("ref", ["", "a\x00.png"], ids=["empty", "null byte"])
     def test_no_name(self, load: Load, policy: MediaPolicy, ref: str) -> None:
-        refused(load, ref, policy, found="image path is", fix="name the image file")
+        assert_refused(load, ref, policy, found="image path is", fix="name the image file")
 
     @pytest.mark.parametrize("ref", ["x" * 300, "iVBORw0KGgo" * 5000], ids=["one name", "bare base64"])
     def test_name_that_no_file_can_have_is_not_printed_in_full(self, policy: MediaPolicy, ref: str) -> None:
-        error = refused(load_image, ref, policy, found="too long", fix="correct the path")
+        error = assert_refused(load_image, ref, policy, found="too long", fix="correct the path")
         assert len(str(error)) < 500
 
     @pytest.mark.parametrize("ref", ["\ud800.png", "circle"], ids=["lone surrogate", "links in a circle"])
     def test_name_that_cannot_be_looked_up(self, policy: MediaPolicy, ref: str) -> None:
         (policy.media_root / "circle").symlink_to(policy.media_root / "circle")
-        refused(load_image, ref, policy, found="cannot be looked up", fix="correct the path")
+        assert_refused(load_image, ref, policy, found="cannot be looked up", fix="correct the path")
 
     @BOTH
     @pytest.mark.parametrize("way", ["dots", "dots inside", "absolute", "link", "link to a folder"])
@@ -111,12 +111,14 @@ class TestPaths:
             "link": "link.png",
             "link to a folder": "folder/secret.png",
         }
-        refused(load, refs[way], policy, found="outside the media root", fix="under the media root")
+        assert_refused(load, refs[way], policy, found="outside the media root", fix="under the media root")
 
     def test_root_whose_name_only_begins_alike_is_outside(self, policy: MediaPolicy, tmp_path: Path) -> None:
         (tmp_path / "media2").mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / "media2" / "a.png")
-        refused(load_image, "../media2/a.png", policy, found="outside the media root", fix="under the media root")
+        assert_refused(
+            load_image, "../media2/a.png", policy, found="outside the media root", fix="under the media root"
+        )
 
     @pytest.mark.parametrize("way", ["relative", "dots that stay", "absolute", "link", "link to the root"])
     def test_inside_the_media_root(self, policy: MediaPolicy, tmp_path: Path, way: str) -> None:
@@ -140,7 +142,7 @@ class TestPaths:
     @pytest.mark.parametrize("ref", ["file:///etc/passwd", "s3://bucket/a.png", "ftp://host/a.png", "gs://a[b"])
     def test_other_schemes(self, load: Load, policy: MediaPolicy, ref: str) -> None:
         scheme = ref.partition(":")[0]
-        refused(load, ref, policy, found=f"scheme {scheme!r}", fix="relative path")
+        assert_refused(load, ref, policy, found=f"scheme {scheme!r}", fix="relative path")
 
     def test_colon_in_a_file_name_is_no_scheme(self, policy: MediaPolicy) -> None:
         Image.new("RGB", (5, 3)).save(policy.media_root / "page:1.png")
@@ -152,7 +154,7 @@ class TestDamagedFiles:
     @pytest.mark.parametrize("content", [b"", b"hello", b"<html></html>"], ids=["empty", "text", "html"])
     def test_not_an_image(self, load: Load, policy: MediaPolicy, content: bytes) -> None:
         (policy.media_root / "a.png").write_bytes(content)
-        refused(load, "a.png", policy, found="'a.png' cannot be decoded (not an image)", fix="replace the file")
+        assert_refused(load, "a.png", policy, found="'a.png' cannot be decoded (not an image)", fix="replace the file")
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
     def test_truncated(self, policy: MediaPolicy, kind: str) -> None:
@@ -160,7 +162,7 @@ class TestDamagedFiles:
         content = io.BytesIO()
         Image.fromarray(pixels).save(content, kind)
         (policy.media_root / "a").write_bytes(content.getvalue()[: content.tell() * 2 // 3])
-        refused(load_image, "a", policy, found="'a' cannot be decoded", fix="replace the file")
+        assert_refused(load_image, "a", policy, found="'a' cannot be decoded", fix="replace the file")
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "ICO", "PPM", "TGA", "JPEG2000"])
     @pytest.mark.filterwarnings("ignore:Image was not the expected size")
@@ -183,7 +185,7 @@ class TestDamagedFiles:
         content = io.BytesIO()
         Image.new("RGB", (8, 8)).save(content, "JPEG2000")
         (policy.media_root / "a").write_bytes(content.getvalue()[:14])
-        refused(load_image, "a", policy, found="(Expected to read 8 bytes but only got 2)", fix="replace")
+        assert_refused(load_image, "a", policy, found="(Expected to read 8 bytes but only got 2)", fix="replace")
 
 
 class TestSize:
@@ -193,14 +195,14 @@ class TestSize:
         (policy.media_root / "a.png").write_bytes(png_header(side, side))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            error = refused(load, "a.png", policy, found="max_image_pixels = 64,000,000", fix="max_image_pixels")
+            error = assert_refused(load, "a.png", policy, found="max_image_pixels = 64,000,000", fix="max_image_pixels")
         assert "pixels, expected at most" in str(error)
 
     def test_same_file_with_fewer_pixels_gets_as_far_as_decoding(self, policy: MediaPolicy) -> None:
         # The counterpart that shows that the test above never decoded: there is nothing to decode in these
         # files.
         (policy.media_root / "a.png").write_bytes(png_header(8000, 8000))
-        refused(load_image, "a.png", policy, found="cannot be decoded", fix="replace the file")
+        assert_refused(load_image, "a.png", policy, found="cannot be decoded", fix="replace the file")
         assert image_size("a.png", policy, SOURCE) == (8000, 8000)
 
     @BOTH
@@ -208,13 +210,13 @@ class TestSize:
         Image.new("RGB", (20, 10)).save(policy.media_root / "a.png")
         load("a.png", MediaPolicy(policy.media_root, max_image_pixels=200), SOURCE)
         strict = MediaPolicy(policy.media_root, max_image_pixels=199)
-        refused(load, "a.png", strict, found="20 x 10 = 200 pixels", fix="raise max_image_pixels")
+        assert_refused(load, "a.png", strict, found="20 x 10 = 200 pixels", fix="raise max_image_pixels")
 
     @BOTH
     def test_limit_beyond_pillows_own_names_pillows(self, load: Load, policy: MediaPolicy) -> None:
         (policy.media_root / "a.png").write_bytes(png_header(20_000, 20_000))
         generous = MediaPolicy(policy.media_root, max_image_pixels=10**9)
-        error = refused(load, "a.png", generous, found="Pillow's own limit", fix="PIL.Image.MAX_IMAGE_PIXELS")
+        error = assert_refused(load, "a.png", generous, found="Pillow's own limit", fix="PIL.Image.MAX_IMAGE_PIXELS")
         assert "1,000,000,000" not in str(error)
 
     def test_damage_behind_the_header_does_not_matter_for_the_size(self, policy: MediaPolicy) -> None:
@@ -297,7 +299,7 @@ class TestPixels:
     @pytest.mark.parametrize("value", [-1.0, 0.5, 256.0, float("nan")])
     def test_float_image_outside_0_to_255_is_refused(self, policy: MediaPolicy, value: float) -> None:
         Image.fromarray(np.full((3, 5), value, dtype=np.float32)).save(policy.media_root / "a.tiff")
-        refused(load_image, "a.tiff", policy, found="expected pixels in 0..255", fix="replace the file")
+        assert_refused(load_image, "a.tiff", policy, found="expected pixels in 0..255", fix="replace the file")
 
     def test_loading_changes_neither_file_nor_later_loads(self, policy: MediaPolicy) -> None:
         path = policy.media_root / "a.png"
@@ -330,18 +332,18 @@ class TestDataUri:
         ids=["letters", "length", "not ASCII", "not base64", "nothing"],
     )
     def test_broken_encoding(self, load: Load, policy: MediaPolicy, ref: str) -> None:
-        refused(load, ref, policy, found="expected 'data:image/...;base64,...'", fix="base64")
+        assert_refused(load, ref, policy, found="expected 'data:image/...;base64,...'", fix="base64")
 
     @BOTH
     def test_broken_image_is_not_printed_in_full(self, load: Load, policy: MediaPolicy) -> None:
         ref = "data:image/png;base64," + base64.b64encode(b"no image " * 1000).decode()
-        error = refused(load, ref, policy, found="not an image", fix="replace")
+        error = assert_refused(load, ref, policy, found="not an image", fix="replace")
         assert len(str(error)) < 500
 
     @BOTH
     def test_too_many_pixels(self, load: Load, policy: MediaPolicy) -> None:
         ref = "data:image/png;base64," + base64.b64encode(png_header(10_000, 10_000)).decode()
-        refused(load, ref, policy, found="10000 x 10000 = 100,000,000 pixels", fix="max_image_pixels")
+        assert_refused(load, ref, policy, found="10000 x 10000 = 100,000,000 pixels", fix="max_image_pixels")
 
 
 class TestUrls:
@@ -371,17 +373,17 @@ class TestUrls:
     @BOTH
     @pytest.mark.parametrize("scheme", ["http", "https", "HTTP"])
     def test_are_refused_by_default(self, load: Load, policy: MediaPolicy, scheme: str) -> None:
-        refused(load, f"{scheme}://127.0.0.1:1/a.png", policy, found="is a URL", fix="allow_urls: true")
+        assert_refused(load, f"{scheme}://127.0.0.1:1/a.png", policy, found="is a URL", fix="allow_urls: true")
 
     def test_are_downloaded_if_allowed(self, policy: MediaPolicy, server: str) -> None:
-        refused(load_image, f"{server}/image.png", policy, found="is a URL", fix="allow_urls: true")
+        assert_refused(load_image, f"{server}/image.png", policy, found="is a URL", fix="allow_urls: true")
         allowed = MediaPolicy(policy.media_root, allow_urls=True)
         assert load_image(f"{server}/image.png", allowed, SOURCE).getpixel((4, 2)) == (255, 0, 0)
         assert image_size(f"{server}/image.png", allowed, SOURCE) == (3, 5)
 
     def test_limits_hold_for_downloads(self, policy: MediaPolicy, server: str) -> None:
         allowed = MediaPolicy(policy.media_root, allow_urls=True, max_image_pixels=14)
-        refused(load_image, f"{server}/image.png", allowed, found="5 x 3 = 15 pixels", fix="max_image_pixels")
+        assert_refused(load_image, f"{server}/image.png", allowed, found="5 x 3 = 15 pixels", fix="max_image_pixels")
 
     @pytest.mark.parametrize(
         ("path", "found"),
@@ -390,7 +392,7 @@ class TestUrls:
     )
     def test_that_give_no_image(self, policy: MediaPolicy, server: str, path: str, found: str) -> None:
         allowed = MediaPolicy(policy.media_root, allow_urls=True)
-        refused(load_image, server + path, allowed, found=found, fix="file")
+        assert_refused(load_image, server + path, allowed, found=found, fix="file")
 
     def test_that_are_malformed_or_unreachable(self, policy: MediaPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("no_proxy", "*")
@@ -398,7 +400,7 @@ class TestUrls:
         with socket.socket() as bound:  # bound and not listening: nobody answers at this port
             bound.bind(("127.0.0.1", 0))
             for ref in (f"http://127.0.0.1:{bound.getsockname()[1]}/a.png", "http://[abc", "http://"):
-                refused(load_image, ref, allowed, found="cannot be downloaded", fix="check the URL")
+                assert_refused(load_image, ref, allowed, found="cannot be downloaded", fix="check the URL")
 
     def test_server_that_speaks_no_http(self, policy: MediaPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("no_proxy", "*")
@@ -414,7 +416,7 @@ class TestUrls:
             thread.start()
             allowed = MediaPolicy(policy.media_root, allow_urls=True)
             ref = f"http://127.0.0.1:{listening.getsockname()[1]}/a.png"
-            refused(load_image, ref, allowed, found="cannot be downloaded", fix="check the URL")
+            assert_refused(load_image, ref, allowed, found="cannot be downloaded", fix="check the URL")
             thread.join()
 
 
