@@ -78,6 +78,11 @@ def every_step(folder: Path) -> ModelCheckpoint:
     )
 
 
+def only_at_the_crash(folder: Path) -> ModelCheckpoint:
+    """Saves at the exception alone: what is resumed from was written in the middle of things."""
+    return ModelCheckpoint(folder, "{step}", every_n_train_steps=1000, save_last=True, save_on_exception=True)
+
+
 def assert_same_weights(left: NemotronVLModule, right: NemotronVLModule) -> None:
     for (name, a), b in zip(left.network.state_dict().items(), right.network.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -117,16 +122,21 @@ def test_resume_is_exact_when_the_optimizer_asks_for_the_number_of_steps(
         assert_same_weights(resumed, whole)
 
 
+@pytest.mark.parametrize("saves", [every_step, only_at_the_crash])
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 @pytest.mark.parametrize("stop_at", [0, 1, 4, 9])
 def test_a_crash_inside_a_step_repeats_the_step(
-    make_task: Callable[..., Path], tmp_path: Path, accumulate: int, stop_at: int
+    make_task: Callable[..., Path],
+    tmp_path: Path,
+    saves: Callable[[Path], ModelCheckpoint],
+    accumulate: int,
+    stop_at: int,
 ) -> None:
     file = make_task(11)
     options = {"accumulate_grad_batches": accumulate}
     whole, _ = fit(file, tmp_path, **options)
     with pytest.raises(RuntimeError, match="power cut"):
-        fit(file, tmp_path, every_step(tmp_path / "ckpt"), StopInside(stop_at), **options)
+        fit(file, tmp_path, saves(tmp_path / "ckpt"), StopInside(stop_at), **options)
     last = tmp_path / "ckpt" / "last.ckpt"
     resumed, _ = fit(file, tmp_path, ckpt_path=last if last.exists() else None, **options)
     assert_same_weights(resumed, whole)
@@ -162,7 +172,7 @@ def test_a_batch_lost_on_its_way_to_the_device_is_repeated(
     monkeypatch.setattr(VLMDataModule, "left", batch, raising=False)
     monkeypatch.setattr(VLMDataModule, "on_before_batch_transfer", StopOnTheWay.on_before_batch_transfer)
     with pytest.raises(RuntimeError, match="out of memory"):
-        fit(file, tmp_path, every_step(tmp_path / "ckpt"))
+        fit(file, tmp_path, only_at_the_crash(tmp_path / "ckpt"))
     monkeypatch.undo()
     last = tmp_path / "ckpt" / "last.ckpt"
     resumed, _ = fit(file, tmp_path, ckpt_path=last if last.exists() else None)
@@ -212,7 +222,7 @@ def test_crash_after_crash_is_still_exact(make_task: Callable[..., Path], tmp_pa
     for stop_at in (3, 0, 2, 1, 4):  # batches after each start, inside and between steps, over the end of the epoch
         start = last if last.exists() else None
         with pytest.raises(RuntimeError, match="power cut"):
-            fit(file, tmp_path, every_step(tmp_path / "ckpt"), StopInside(stop_at), ckpt_path=start, **options)
+            fit(file, tmp_path, only_at_the_crash(tmp_path / "ckpt"), StopInside(stop_at), ckpt_path=start, **options)
     resumed, _ = fit(file, tmp_path, ckpt_path=last, **options)
     assert_same_weights(resumed, whole)
 
