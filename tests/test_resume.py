@@ -151,26 +151,22 @@ def test_resume_with_another_plan_is_refused_and_says_why(make_task: Callable[..
         fit(file, tmp_path, ckpt_path=tmp_path / "ckpt" / "step=2.ckpt")
 
 
-class StopOnTheWay(L.LightningDataModule):
-    """Mixed into the datamodule: the given batch leaves the loader and never reaches the step."""
-
-    left = 0
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        self.left -= 1
-        if self.left == 0:
-            raise RuntimeError("out of memory")
-        return batch
-
-
 @pytest.mark.parametrize("batch", [1, 3, 7])
 def test_a_batch_lost_on_its_way_to_the_device_is_repeated(
     make_task: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
     file = make_task(11)
     whole, _ = fit(file, tmp_path)
-    monkeypatch.setattr(VLMDataModule, "left", batch, raising=False)
-    monkeypatch.setattr(VLMDataModule, "on_before_batch_transfer", StopOnTheWay.on_before_batch_transfer)
+    seen = 0
+
+    def fail_at_batch(self: VLMDataModule, taken: Any, dataloader_idx: int) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen == batch:
+            raise RuntimeError("out of memory")
+        return taken
+
+    monkeypatch.setattr(VLMDataModule, "on_before_batch_transfer", fail_at_batch)
     with pytest.raises(RuntimeError, match="out of memory"):
         fit(file, tmp_path, only_at_the_crash(tmp_path / "ckpt"))
     monkeypatch.undo()
