@@ -7,9 +7,71 @@ the dense mask that tests use as the plain truth. A zero-length document is lega
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Documents:
+    """The documents of a row in every form that a layer asks for, derived once per forward.
+
+    Attributes:
+        cu_seqlens: ``(num_documents + 1,)`` int32, on the row's device.
+        seq_idx: ``(T,)`` int32, on the row's device.
+        lengths: Tokens per document, on the host: layers that split need no transfer each.
+    """
+
+    cu_seqlens: Tensor
+    seq_idx: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths, default=0)
+
+
+def documents_from_lengths(lengths: Sequence[int], device: torch.device | str | None = None) -> Documents:
+    """Documents of known lengths, e.g. the images of a vision tower's row.
+
+    Args:
+        lengths: Tokens per document.
+        device: Where the tensors live.
+    """
+    cu_seqlens = cu_seqlens_from_lengths(lengths, device)
+    return Documents(cu_seqlens, seq_idx_from_cu_seqlens(cu_seqlens), tuple(lengths))
+
+
+def documents_from_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> Documents:
+    """Checks the boundaries of a row and derives the rest.
+
+    Args:
+        cu_seqlens: ``(num_documents + 1,)``.
+        num_tokens: Tokens of the row.
+
+    Raises:
+        ValueError: If the boundaries do not start at 0, decrease, or do not end at ``num_tokens``.
+    """
+    boundaries = cu_seqlens.tolist()
+    if boundaries[:1] != [0] or boundaries[-1:] != [num_tokens] or boundaries != sorted(boundaries):
+        shown = str(boundaries if len(boundaries) <= 12 else [*boundaries[:6], "...", *boundaries[-3:]])
+        raise ValueError(
+            f"cu_seqlens is {shown} for a row of {num_tokens} tokens; expected boundaries that start at 0, never "
+            "decrease, and end at the row's length"
+        )
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    lengths = tuple(end - start for start, end in pairwise(boundaries))
+    return Documents(cu_seqlens, seq_idx_from_cu_seqlens(cu_seqlens), lengths)
+
+
+def documents_from_rows(rows: int, columns: int, device: torch.device) -> Documents:
+    """A padded batch ``(rows, columns)``, read row after row: each row is a document."""
+    cu_seqlens = torch.arange(rows + 1, device=device, dtype=torch.int32) * columns
+    seq_idx = torch.arange(rows, device=device, dtype=torch.int32).repeat_interleave(columns)
+    return Documents(cu_seqlens, seq_idx, (columns,) * rows)
 
 
 def cu_seqlens_from_lengths(lengths: Sequence[int] | Tensor, device: torch.device | str | None = None) -> Tensor:

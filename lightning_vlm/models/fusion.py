@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from itertools import accumulate, islice, pairwise
 
+import torch
 from torch import Tensor
+
+from lightning_vlm.segments import Documents
 
 
 class FusionError(ValueError):
@@ -29,6 +32,7 @@ def fuse(
     is_placeholder: Tensor,
     tokens_per_image: list[int],
     num_images: list[int] | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Writes features over the embeddings of placeholder tokens.
 
@@ -37,73 +41,105 @@ def fuse(
         features: ``(num_features, D)``, images in reading order over the rows of the batch.
         is_placeholder: ``(B, T)`` bool.
         tokens_per_image: Features of each image, summing to ``num_features``.
-        num_images: Images of each row, where known: then every row is checked against its own images.
+        num_images: Images of each row (of each document of a packed row), where known: then every one is checked
+            against its own images.
+        documents: Boundaries, if the batch is one packed row.
 
     Returns:
         ``(B, T, D)``; the input is not changed.
 
     Raises:
-        FusionError: If a row's placeholders are not the features of its images.
+        FusionError: If a row's or document's placeholders are not the features of its images.
     """
+    found, what = placeholders_per_row(is_placeholder, documents), "row" if documents is None else "document"
     if num_images is None:
-        images_per_row(is_placeholder, tokens_per_image)
+        images_per_row(found, tokens_per_image, what)
     else:
-        check_rows(is_placeholder, tokens_per_image, num_images)
+        check_rows(found, tokens_per_image, num_images, what)
     mask = is_placeholder.unsqueeze(-1).expand_as(inputs_embeds)
     return inputs_embeds.masked_scatter(mask, features.to(inputs_embeds.dtype))
 
 
-def images_per_row(is_placeholder: Tensor, tokens_per_image: list[int]) -> list[int]:
+def placeholders_per_row(is_placeholder: Tensor, documents: Documents | None = None) -> list[int]:
+    """Placeholders of each row, or of each document of a packed row.
+
+    Args:
+        is_placeholder: ``(B, T)`` bool.
+        documents: Boundaries, if the batch is one packed row.
+    """
+    if documents is None:
+        return is_placeholder.sum(-1).tolist()
+    counts = torch.zeros(len(documents.lengths), dtype=torch.int64, device=is_placeholder.device)
+    return counts.index_add_(0, documents.seq_idx, is_placeholder[0].long()).tolist()
+
+
+def images_per_row(placeholders: list[int], tokens_per_image: list[int], what: str = "row") -> list[int]:
     """How many images each row has: as many of the next ones as its placeholders hold.
 
     Equal totals are not enough: a row with one placeholder too few and a next row with one too many would
     shift every feature between them.
 
     Args:
-        is_placeholder: ``(B, T)`` bool.
+        placeholders: Of each row.
         tokens_per_image: Features of each image in reading order.
+        what: ``row`` or ``document``, for the error.
 
     Returns:
-        ``B`` numbers.
+        One number per row.
 
     Raises:
         FusionError: If a row's placeholders do not end with an image, or images are left over.
     """
-    per_row = is_placeholder.sum(-1).tolist()
     image_ends = {end: index for index, end in enumerate(accumulate(tokens_per_image, initial=0))}
-    ends = [0, *accumulate(per_row)]
+    ends = [0, *accumulate(placeholders)]
     for row, end in enumerate(ends[1:]):
         if end not in image_ends:
-            raise _mismatch(per_row, tokens_per_image, row)
+            raise _mismatch(placeholders, tokens_per_image, row, what)
     if image_ends[ends[-1]] < len(tokens_per_image):
-        raise _mismatch(per_row, tokens_per_image, None)
+        raise _mismatch(placeholders, tokens_per_image, None, what)
     return [image_ends[end] - image_ends[start] for start, end in pairwise(ends)]
 
 
-def check_rows(is_placeholder: Tensor, tokens_per_image: list[int], num_images: list[int]) -> None:
+def check_rows(placeholders: list[int], tokens_per_image: list[int], num_images: list[int], what: str = "row") -> None:
     """Checks each row's placeholders against its own images.
 
     Args:
-        is_placeholder: ``(B, T)`` bool.
+        placeholders: Of each row.
         tokens_per_image: Features of each image in reading order.
         num_images: Images of each row.
+        what: ``row`` or ``document``, for the error.
 
     Raises:
         FusionError: If a row's placeholders are more or fewer than its images' features.
     """
     remaining = iter(tokens_per_image)
-    for row, (found, count) in enumerate(zip(is_placeholder.sum(-1).tolist(), num_images, strict=True)):
+    for row, (found, count) in enumerate(zip(placeholders, num_images, strict=True)):
         tokens = list(islice(remaining, count))
         if found != sum(tokens):
             raise FusionError(
-                f"row {row} has {found} image placeholder tokens for {sum(tokens)} features of its {count} image(s); "
-                "prepare text and images with one processor, and cut no text inside an image",
+                f"{what} {row} has {found} image placeholder tokens for {sum(tokens)} features of its {count} "
+                "image(s); prepare text and images with one processor, and cut no text inside an image",
                 row,
             )
 
 
-def _mismatch(per_row: list[int], tokens_per_image: list[int], row: int | None) -> FusionError:
-    where = "the batch" if row is None else f"row {row}"
+def refuse_placeholders(placeholders: list[int], what: str = "row") -> None:
+    """For a batch without any image.
+
+    Args:
+        placeholders: Of each row.
+        what: ``row`` or ``document``, for the error.
+
+    Raises:
+        FusionError: If there is a placeholder all the same.
+    """
+    for row, found in enumerate(placeholders):
+        if found:
+            raise FusionError(f"{what} {row} has {found} image placeholder tokens and no image was given", row)
+
+
+def _mismatch(per_row: list[int], tokens_per_image: list[int], row: int | None, what: str) -> FusionError:
+    where = "the batch" if row is None else f"{what} {row}"
     found = sum(per_row) if row is None else per_row[row]
     sizes = ", ".join(map(str, tokens_per_image[:8])) + (", ..." if len(tokens_per_image) > 8 else "")
     return FusionError(

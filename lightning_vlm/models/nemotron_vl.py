@@ -20,7 +20,6 @@ from transformers import (
     GenerationMixin,
     NemotronHForCausalLM,
     PreTrainedModel,
-    RadioModel,
 )
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -28,10 +27,13 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lightning_vlm.models.config import NemotronVLConfig
-from lightning_vlm.models.fusion import FusionError, fuse, images_per_row
+from lightning_vlm.models.fusion import FusionError, fuse, images_per_row, placeholders_per_row, refuse_placeholders
+from lightning_vlm.models.language import make_language_model, packed_inputs
 from lightning_vlm.models.projector import MultiModalProjector, shuffle_images
+from lightning_vlm.models.vision import make_vision_model
 from lightning_vlm.ops.cross_entropy import linear_cross_entropy, naive_cross_entropy, shift_labels
 from lightning_vlm.ops.pixels import normalize_patches
+from lightning_vlm.segments import Documents, documents_from_cu_seqlens, documents_from_lengths
 
 register_checkpoint_conversion_mapping(
     "NemotronVL",
@@ -91,9 +93,8 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: NemotronVLConfig) -> None:
         super().__init__(config)
-        self.language_model = NemotronHForCausalLM(config.text_config)
-        self.vision_model = RadioModel(config.vision_config)
-        self.vision_model.make_preprocessor_external()
+        self.language_model = make_language_model(config.text_config)
+        self.vision_model = make_vision_model(config.vision_config)
         self.pixel_norm = PixelNorm(config.norm_mean, config.norm_std)
         self.multi_modal_projector = MultiModalProjector(
             config.vision_hidden_size * config.merge_size**2,
@@ -139,7 +140,9 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         if odd := [grid for grid in grids if grid[0] % merge or grid[1] % merge]:
             raise FusionError(f"image grid {odd[0]} is not a multiple of {merge} patches per side")
         pixels = self.pixel_norm(pixel_values).to(self.vision_model.dtype)
-        features = self.vision_model(pixels, image_grid_hw=image_grid_hw).features
+        prefix = self.config.vision_config.num_summary_tokens
+        documents = documents_from_lengths([rows * columns + prefix for rows, columns in grids], pixels.device)
+        features = self.vision_model(pixels, image_grid_hw=image_grid_hw, documents=documents).features
         features = shuffle_images(features, grids, merge, self.config.ps_version)
         return self.multi_modal_projector(features), [rows * columns // merge**2 for rows, columns in grids]
 
@@ -161,21 +164,21 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Runs the model on a padded batch.
+        """Runs the model on a padded batch, or on a packed row of documents that do not see each other.
 
         Args:
             input_ids: ``(B, T)``; image placeholders are ``config.image_token_id``.
-            attention_mask: ``(B, T)``, 1 for tokens and 0 for padding.
-            cu_seqlens: Boundaries of a packed row. Not accepted yet: packing needs Mamba layers that reset
-                their state.
+            attention_mask: ``(B, T)``, 1 for tokens and 0 for padding; not with ``cu_seqlens``.
+            cu_seqlens: ``(num_documents + 1,)`` int32 boundaries of a packed row ``(1, T)``.
             pixel_values: ``(num_patches, 3 * patch_size**2)``, images in reading order over the rows.
             image_grid_hw: ``(num_images, 2)``.
-            num_images: ``(B,)`` images of each row, if known: a mismatch is then found and named row by row.
+            num_images: ``(B,)`` images of each row (of each document with ``cu_seqlens``), if known: a mismatch is
+                then found and named row by row.
             position_ids: ``(B, T)``; the language model has no positional encoding, they only shape masks.
             past_key_values: Cache of a generation in progress.
             inputs_embeds: ``(B, T, D)`` instead of ``input_ids`` (text only).
             labels: ``(B, T)`` aligned with ``input_ids``, -100 where not trained on; shifted inside.
-            use_cache: Whether to return a cache; off while training.
+            use_cache: Whether to return a cache; off while training and with ``cu_seqlens``.
             logits_to_keep: Compute logits of the last so many positions only (0: all).
             num_items_in_batch: Divide the summed loss by this instead of by the batch's own label tokens.
             skip_logits: With ``labels``: compute the loss without materialising logits and return none.
@@ -187,26 +190,28 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
 
         Raises:
             FusionError: If placeholders and image features differ in number.
-            NotImplementedError: If ``cu_seqlens``, videos or audio are given.
+            ValueError: If ``cu_seqlens`` does not describe one row, or comes with a mask or a cache.
+            NotImplementedError: If videos or audio are given.
         """
-        if cu_seqlens is not None:
-            raise NotImplementedError(
-                "cu_seqlens (a packed row) is not supported yet: Mamba layers would carry state across "
-                "documents; pass a padded batch with attention_mask"
-            )
         for media in ("pixel_values_videos", "input_features"):
             if kwargs.pop(media, None) is not None:
                 raise NotImplementedError(f"{media} is not supported yet; the model takes images and text")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        inputs_embeds = self._with_images(inputs_embeds, input_ids, pixel_values, image_grid_hw, num_images)
-
+        documents = None
+        if cu_seqlens is not None:
+            _refuse_with_cu_seqlens(inputs_embeds, attention_mask, past_key_values, use_cache)
+            documents = documents_from_cu_seqlens(cu_seqlens, inputs_embeds.shape[1])
+        inputs_embeds = self._with_images(inputs_embeds, input_ids, pixel_values, image_grid_hw, num_images, documents)
+        if documents is None:
+            inputs = {"attention_mask": attention_mask, "use_cache": False if self.training else use_cache}
+        else:
+            inputs = packed_inputs(self.config.text_config, documents, inputs_embeds.dtype)
         outputs = self.language_model.model(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            use_cache=False if self.training else use_cache,
+            **inputs,
             **kwargs,
         )
         hidden, head = outputs.last_hidden_state, self.language_model.lm_head
@@ -214,7 +219,7 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             return self._output(outputs, logits=head(hidden[:, kept, :]).float())
 
-        targets = shift_labels(labels)
+        targets = shift_labels(labels, cu_seqlens)
         if skip_logits:
             logits, total = None, linear_cross_entropy(hidden, head, targets)
         else:
@@ -242,7 +247,9 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             patches, grids = images["pixel_values"], images["image_grid_hw"]
             tokens_per_image = (grids.prod(-1) // self.config.merge_size**2).tolist()
             is_placeholder = self._is_placeholder(input_ids)
-            rows = torch.arange(len(grids)).split(images_per_row(is_placeholder, tokens_per_image))
+            rows = torch.arange(len(grids)).split(
+                images_per_row(placeholders_per_row(is_placeholder), tokens_per_image)
+            )
             order = torch.cat([row.repeat(expand_size) for row in rows])
             split = patches.split(grids.prod(-1).tolist())
             images = {
@@ -265,6 +272,7 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None,
         grids: Tensor | None,
         num_images: Tensor | None,
+        documents: Documents | None,
     ) -> Tensor:
         is_placeholder = None if input_ids is None else self._is_placeholder(input_ids)
         if pixel_values is not None:
@@ -272,13 +280,10 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
                 raise FusionError("pixel_values needs input_ids (placeholder positions) and image_grid_hw beside it")
             features, tokens_per_image = self.get_image_features(pixel_values, grids)
             known = None if num_images is None else num_images.tolist()
-            return fuse(inputs_embeds, features, is_placeholder, tokens_per_image, known)
+            return fuse(inputs_embeds, features, is_placeholder, tokens_per_image, known, documents)
         if is_placeholder is not None and input_ids is not None and input_ids.shape[1] > 1 and is_placeholder.any():
-            row = int(is_placeholder.any(-1).nonzero()[0])
-            raise FusionError(
-                f"row {row} has {int(is_placeholder[row].sum())} image placeholder tokens and no image was given",
-                row,
-            )
+            found = placeholders_per_row(is_placeholder, documents)
+            refuse_placeholders(found, "row" if documents is None else "document")
         if self.training and torch.is_grad_enabled():
             return inputs_embeds + self._absent_image(inputs_embeds)
         return inputs_embeds
@@ -304,6 +309,16 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def _refuse_with_cu_seqlens(embeds: Tensor, mask: Tensor | None, cache: Cache | None, use_cache: bool | None) -> None:
+    """Refuses what would let documents see each other, or means something else than boundaries."""
+    if embeds.shape[0] != 1:
+        raise ValueError(f"cu_seqlens describes one packed row, got a batch of {embeds.shape[0]} rows; expected (1, T)")
+    if mask is not None:
+        raise ValueError("a packed row has no padding: pass cu_seqlens or attention_mask, not both")
+    if cache is not None or use_cache:
+        raise ValueError("a packed row cannot use a cache, which would carry state across documents; generate unpacked")
 
 
 AutoModelForImageTextToText.register(NemotronVLConfig, NemotronVL, exist_ok=True)

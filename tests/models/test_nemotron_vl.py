@@ -228,11 +228,6 @@ def test_a_config_without_an_image_token_means_text_only(make_model, make_batch)
         model(**make_batch([[2, (2, 6)]]))
 
 
-def test_a_packed_row_is_refused_by_name(make_model):
-    with pytest.raises(NotImplementedError, match="cu_seqlens"):
-        make_model()(input_ids=torch.arange(7, 15)[None], cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32))
-
-
 # Checkpoints
 
 

@@ -11,10 +11,11 @@ MIXED = [[5, (2, 6), 3, (4, 4), 9], [8], [2, (4, 10), 6]]
 ONE_IMAGE = [[3, (2, 2), 4]]
 TEXT_ONLY = [[12], [7]]
 
-# Both networks run the same kernels in the same order: the worst difference measured is 0.0, in float32 and
-# in bfloat16, over all cases below and three seeds. The room left is for a machine whose kernels add in
-# another order.
-RELATIVE_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
+# Our Mamba layers add in another order, and step sizes in float32 where transformers' torch path rounds them to bfloat16.
+# Worst differences measured over all cases below: float32 2.1e-6 (a gradient of dt_bias), bfloat16 3.4e-2 (the same) and
+# 8.7e-3 (logits). Without Mamba layers both networks run the same kernels in the same order: 0.0.
+RELATIVE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-4}
+EXACT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}  # room for a machine whose kernels add in another order
 
 
 def run(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
@@ -24,24 +25,28 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dic
     return outputs.logits.detach(), outputs.loss.detach(), gradients
 
 
-def assert_same(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
-    difference = (actual.double() - expected.double()).norm() / expected.double().norm()
-    assert difference <= RELATIVE_TOLERANCE[dtype], f"{what} differs by {difference:.2e}, relative"
+def assert_same(actual: Tensor, expected: Tensor, tolerance: float, what: str, scale: Tensor | None = None) -> None:
+    difference = (actual.double() - expected.double()).norm() / (expected if scale is None else scale).double().norm()
+    assert difference <= tolerance, f"{what} differs by {difference:.2e}, relative"
 
 
 def assert_parity(ours: nn.Module, theirs: nn.Module, batch, reference_batch, dtype: torch.dtype) -> None:
     logits, loss, gradients = run(ours.train(), batch)
     their_logits, their_loss, their_gradients = run(theirs.train(), reference_batch)
     real = batch["attention_mask"].bool()
-    assert_same(logits[real], their_logits[real], dtype, "logits")
-    assert_same(loss, their_loss, dtype, "loss")
+    has_mamba = "M" in ours.config.text_config.hybrid_override_pattern
+    tolerance = (RELATIVE_TOLERANCE if has_mamba else EXACT_TOLERANCE)[dtype]
+    assert_same(logits[real], their_logits[real], tolerance, "logits")
+    assert_same(loss, their_loss, tolerance, "loss")
     assert gradients.keys() == their_gradients.keys()
     compared = 0
     for name, expected in their_gradients.items():
         if expected is None or not expected.any():
             assert gradients[name] is None or not gradients[name].any(), name
         else:
-            assert_same(gradients[name], expected, dtype, name)
+            # A bias of keys shifts every score alike: its gradient is rounding alone, judged by its weight's.
+            weight = their_gradients[name.replace("bias", "weight")] if name.endswith("k_proj.bias") else None
+            assert_same(gradients[name], expected, tolerance, name, weight)
             compared += 1
     # All but the tower's video embedding, which no image reaches (and the tower, without images).
     assert compared == len(gradients) - 1 or "pixel_values" not in batch

@@ -1,0 +1,57 @@
+"""The language model: transformers' NemotronH whose token mixers keep packed documents apart.
+
+Mamba layers become `PackedMamba2Mixer`; attention layers run `lightning_vlm.ops.attention`. MLP, expert routing and
+norms work token by token and need nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+
+from lightning_vlm.models.packed_mamba import PackedMamba2Mixer
+from lightning_vlm.ops.attention import ATTENTION, use_document_attention
+from lightning_vlm.segments import Documents, document_mask
+
+
+def make_language_model(config: NemotronHConfig) -> NemotronHForCausalLM:
+    """A NemotronH language model that takes packed rows."""
+    model = NemotronHForCausalLM(config)
+    for module in model.modules():
+        if type(module) is NemotronHMamba2Mixer:
+            module.__class__ = PackedMamba2Mixer  # adds no state: weights, hooks and names stay
+    use_document_attention(model.config)
+    return model
+
+
+def packed_inputs(config: NemotronHConfig, documents: Documents, dtype: torch.dtype) -> dict[str, Any]:
+    """What the layers of the language model take instead of an attention mask.
+
+    Args:
+        config: The language model's.
+        documents: Boundaries of the row.
+        dtype: Of the hidden states.
+
+    Raises:
+        ValueError: If the attention implementation that the user chose takes no packed row.
+    """
+    chosen = config._attn_implementation
+    inputs: dict[str, Any] = {"documents": documents, "use_cache": False}
+    mask: Tensor | None = None
+    if chosen in ("eager", "sdpa"):  # chosen by the user: these two know masks only, in the square of the row
+        mask = document_mask(documents.cu_seqlens)[None, None]
+        if chosen == "eager":
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    elif chosen.startswith("flash_attention"):
+        inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), documents.cu_seqlens)
+        inputs |= dict.fromkeys(("max_length_q", "max_length_k"), documents.max_length)
+    elif chosen != ATTENTION:
+        raise ValueError(
+            f"attn_implementation is {chosen!r}, which takes no packed rows here; expected {ATTENTION!r} "
+            "(the default), 'flash_attention_2', or 'sdpa' and 'eager' at the cost of a mask in the square of the row"
+        )
+    return {**inputs, "attention_mask": {"full_attention": mask, "linear_attention": None}}
