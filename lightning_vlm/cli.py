@@ -1,4 +1,4 @@
-"""The command line: ``lightning-vlm fit|validate|test|predict``, a LightningCLI without its sharp edges.
+"""The command line: ``lightning-vlm fit|validate|test|predict|plan|doctor``, a LightningCLI without its sharp edges.
 
 Abbreviated options are errors, unknown keys get a suggestion, each run folder keeps its config, W&B works logged in,
 logged out and absent, and wrong data ends in one sentence instead of a traceback.
@@ -28,11 +28,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lightning_vlm.callbacks.predictions import PredictionTable
 from lightning_vlm.callbacks.throughput import Throughput
+from lightning_vlm.commands.doctor import examine
+from lightning_vlm.commands.plan import planned_ranks, print_plan
 from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.module import NemotronVLModule
 from lightning_vlm.schema import DataError
+from lightning_vlm.training.isolation import IsolationError
 
-_SUBCOMMANDS = ("fit", "validate", "test", "predict")
+_SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "doctor")
+_WITHOUT_TRAINER = ("plan", "doctor")
 _UNKNOWN = re.compile(
     r"unrecognized arguments: -*(?P<a>[\w.\-]+)"
     r"|Option '(?P<b>[^']+)' is not accepted"
@@ -97,8 +101,29 @@ class RunConfig(SaveConfigCallback):
         path.write_text(text, encoding="utf-8")
 
 
+class VLMTrainer(L.Trainer):
+    """Lightning's Trainer; names the further commands and their options for the parser."""
+
+    def plan(self, ranks: int | None = None, picture: str = "plan.png") -> None:
+        """Prints what an epoch of training consists of, and draws it.
+
+        Args:
+            ranks: Data-parallel ranks to plan for; from trainer.devices and num_nodes by default.
+            picture: PNG file to draw, in trainer.default_root_dir unless it is absolute; empty for none.
+        """
+
+    def doctor(self) -> None:
+        """Tells which kernels run here and why, and proves that packed documents are isolated."""
+
+
 class VLMCLI(LightningCLI):
-    """LightningCLI for this package's module and datamodule."""
+    """LightningCLI for this package's module and datamodule.
+
+    Attributes:
+        exit_code: What the command ends with.
+    """
+
+    exit_code = 0
 
     def __init__(self, args: Any = None, run: bool = True) -> None:
         strict: dict[str, Any] = {"allow_abbrev": False, "parser_mode": "yaml"}
@@ -107,6 +132,7 @@ class VLMCLI(LightningCLI):
         super().__init__(
             NemotronVLModule,
             VLMDataModule,
+            trainer_class=VLMTrainer,
             parser_class=VLMArgumentParser,
             parser_kwargs=parser_kwargs,
             save_config_callback=RunConfig,
@@ -116,6 +142,11 @@ class VLMCLI(LightningCLI):
             run=run,
         )
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """LightningCLI's own, and those that look before a run."""
+        return {**LightningCLI.subcommands(), **{name: set() for name in _WITHOUT_TRAINER}}
+
     def _parse_ckpt_path(self) -> None:
         """Keeps the config as the user gave it; LightningCLI would replace it by the checkpoint's hyperparameters."""
 
@@ -124,15 +155,30 @@ class VLMCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.data.processor is None:
             config.data.processor = config.model.model_id
-        config.trainer.logger = _usable_loggers(config.trainer.logger, config.trainer.default_root_dir or ".")
+        if self.subcommand not in _WITHOUT_TRAINER:
+            config.trainer.logger = _usable_loggers(config.trainer.logger, config.trainer.default_root_dir or ".")
 
     def instantiate_classes(self) -> None:
         """Ends wrong settings in one sentence and exit code 2."""
         try:
-            super().instantiate_classes()
+            if self.subcommand in _WITHOUT_TRAINER:  # a laptop may plan for machines that it has not
+                self.datamodule = VLMDataModule(**self.config[self.subcommand].data.as_dict())
+            else:
+                super().instantiate_classes()
         except (ValueError, NotImplementedError, MisconfigurationException) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "doctor":
+            self.exit_code = 0 if examine() else 1
+        elif subcommand == "plan":
+            config = self.config.plan
+            ranks = config.ranks or planned_ranks(config.trainer) or 1
+            picture = Path(config.trainer.default_root_dir or ".", config.picture) if config.picture else None
+            print_plan(self.datamodule, ranks, config.trainer.accumulate_grad_batches, picture)
+        else:
+            super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds the prediction table and the throughput watcher unless configured."""
@@ -154,14 +200,13 @@ def main(args: list[str] | None = None) -> int:
     """
     _quiet_other_libraries()
     try:
-        VLMCLI(args)
-    except DataError as error:
+        return VLMCLI(args).exit_code
+    except (DataError, IsolationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except SIGTERMException:
         print("stopped by SIGTERM; continue with --ckpt_path last", file=sys.stderr)
         return 128 + signal.SIGTERM
-    return 0
 
 
 def _quiet_other_libraries() -> None:

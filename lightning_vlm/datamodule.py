@@ -7,28 +7,35 @@ Built from plain values, does no work before `setup`, touches no device. Without
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_vlm.checkpoint.source import pretrained_source
-from lightning_vlm.data.collate import PaddedCollate
-from lightning_vlm.data.dataset import SampleDataset
+from lightning_vlm.data.collate import PackedCollate, PaddedCollate
+from lightning_vlm.data.dataset import OverlongPolicy, SampleDataset
+from lightning_vlm.data.ledger import Ledger
+from lightning_vlm.data.lengths import measure_lengths
 from lightning_vlm.data.loader import ResumableLoader
-from lightning_vlm.data.samplers import EpochPlan, SamplerName
+from lightning_vlm.data.plan import BatchOptions, DataPlan, SamplerName, in_file_order, plan_data
+from lightning_vlm.data.samplers import EpochPlan, Position
 from lightning_vlm.data.sources import JsonlSource, open_sources
+from lightning_vlm.data.summary import PlanSummary, summarize
 from lightning_vlm.media.load import MediaPolicy
 from lightning_vlm.processing.processor import NemotronVLProcessor
-from lightning_vlm.schema import DataError
+from lightning_vlm.schema import DataError, Sample
 
-_LATER: dict[str, dict[Any, Any]] = {
-    "sampler": {"length_grouped": "shuffle", "token_budget": "shuffle"},
-    "packing": {True: False},
-    "collate": {"packed": "padded"},
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "sampler": ("shuffle", "sequential", "length_grouped", "token_budget"),
+    "packing": (False, True),
+    "collate": ("auto", "padded", "packed"),
+    "overlong": ("error", "drop", "downscale_images"),
 }
-_NOW: dict[str, tuple[Any, ...]] = {"sampler": ("shuffle", "sequential"), "packing": (False,), "collate": ("padded",)}
 
 Files = str | list[str] | None
 
@@ -43,21 +50,28 @@ class VLMDataModule(L.LightningDataModule):
         predict: Files whose last user turn is to be answered.
         processor: Folder or repository name of a processor, or a `NemotronVLProcessor`.
         media_root: Folder that image paths start from and may not leave; each file's own folder by default.
-        batch_size: Samples per device and micro-batch.
+        batch_size: Samples per device and micro-batch; where a budget rules, the average number of samples that the
+            default budget is made for.
         eval_batch_size: The same for validation, test and prediction; ``batch_size`` by default.
-        max_tokens: Longest sample in tokens; a longer one is an error that names it.
+        max_tokens: Longest sample in tokens; what happens to a longer one is ``overlong``.
+        packing: Put samples one after another into rows without padding, kept apart in every layer.
+        batch_tokens: Most tokens of a micro-batch: of a pack, or of the padded rows with the sampler ``token_budget``;
+            by default ``batch_size`` samples of average length, and never less than the longest sample.
+        batch_patches: Most vision patches of a micro-batch: bounds the memory of the vision tower.
+        overlong: What happens to a sample that exceeds a limit by itself: ``error`` before training, ``drop`` (counted
+            and reported), or ``downscale_images`` until it fits.
         num_workers: Processes that decode images; 0 decodes in the training process.
-        sampler: ``shuffle`` (a new order each epoch) or ``sequential``. Evaluation is always sequential.
-        packing: ``False``; packing is not available yet.
-        collate: ``padded``.
+        sampler: ``shuffle`` (a new order each epoch), ``sequential``, ``length_grouped`` (similar lengths together) or
+            ``token_budget`` (as many similar samples per padded batch as fit). Evaluation is always sequential.
+        collate: ``auto``, ``padded`` or ``packed`` (rows without padding from any sampler's batches).
         seed: Seed of the order.
         max_image_pixels: Most pixels of one image, checked before decoding.
         allow_urls: Download images that rows name by URL. Off: such rows are errors.
         template_kwargs: Extra chat-template variables, e.g. ``{enable_thinking: false}``.
+        cache_dir: Where measured lengths are kept; ``$LIGHTNING_VLM_CACHE`` or ``~/.cache/lightning_vlm`` by default.
 
     Raises:
-        ValueError: If a selection is unknown.
-        NotImplementedError: If a selection is planned but not available yet.
+        ValueError: If a selection is unknown, or two of them contradict each other.
     """
 
     def __init__(
@@ -74,15 +88,18 @@ class VLMDataModule(L.LightningDataModule):
         num_workers: int = 0,
         sampler: str = "shuffle",
         packing: bool = False,
-        collate: str = "padded",
+        batch_tokens: int | None = None,
+        batch_patches: int | None = None,
+        overlong: str = "error",
+        collate: str = "auto",
         seed: int = 0,
         max_image_pixels: int = 64_000_000,
         allow_urls: bool = False,
         template_kwargs: dict[str, Any] | None = None,
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("sampler", sampler), ("packing", packing), ("collate", collate)):
-            _check_selection(name, value)
+        _check_selections(sampler=sampler, packing=packing, collate=collate, overlong=overlong)
         self.files = {"train": _listed(train), "val": _listed(val), "test": _listed(test), "predict": _listed(predict)}
         self.media_root = media_root
         self.batch_size = batch_size
@@ -91,13 +108,18 @@ class VLMDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.sampler: SamplerName = sampler  # type: ignore[assignment]
         self.packing = packing
+        self.batch_tokens = batch_tokens
+        self.batch_patches = batch_patches
+        self.overlong: OverlongPolicy = overlong  # type: ignore[assignment]
         self.collate = collate
         self.seed = seed
         self.max_image_pixels = max_image_pixels
         self.allow_urls = allow_urls
         self.template_kwargs = template_kwargs
+        self.cache_dir = cache_dir
         self._processor = processor
         self._sources: dict[str, list[JsonlSource]] = {}
+        self._plans: dict[tuple[str, bool], DataPlan] = {}
         self._train_loader: ResumableLoader | None = None
         self._restored: dict[str, Any] | None = None
 
@@ -125,8 +147,14 @@ class VLMDataModule(L.LightningDataModule):
                 ) from error
         return self._processor
 
+    def prepare_data(self) -> None:
+        """Measures lengths once per machine where training needs them; `setup` reads them in every process."""
+        if self._is_fitting():
+            self._open("train")
+            self._data_plan("train")
+
     def setup(self, stage: str | None = None) -> None:
-        """Opens and checks the stage's files; a second call opens only what has changed on disk.
+        """Opens, checks and plans the stage's files; a second call opens only what has changed on disk.
 
         Args:
             stage: ``fit``, ``validate``, ``test``, ``predict``, or ``None`` for all.
@@ -139,9 +167,9 @@ class VLMDataModule(L.LightningDataModule):
             name = splits[stage][0]
             raise DataError(f"data.{name}", f"there are no {name} files, expected at least one", f"set data.{name}")
         for split in splits[stage] if stage else self.files:
-            opened = self._sources.get(split)
-            if opened is None or any(source.has_changed() for source in opened):
-                self._sources[split] = open_sources(self.files[split], needs_answer=split != "predict")
+            self._open(split)
+            if self.files[split] and self._batch_options(split).needs_lengths:
+                self._data_plan(split)
         if stage == "fit":  # a fit starts at the beginning unless its checkpoint, restored after this, says otherwise
             self._train_loader = self._restored = None
 
@@ -155,16 +183,27 @@ class VLMDataModule(L.LightningDataModule):
 
     def train_plan(self) -> EpochPlan:
         """The plan of training epochs: its length is the number of micro-batches of a rank."""
-        overfits = self._is_fitting() and self.trainer.overfit_batches > 0
-        return self._plan("train", self.batch_size, "sequential" if overfits else self.sampler)
+        return self._epoch_plan("train", shuffled=not (self._is_fitting() and self.trainer.overfit_batches > 0))
+
+    def summary(self, world_size: int | None = None) -> PlanSummary:
+        """What an epoch of training consists of; measures lengths, whether or not the batches need them.
+
+        Args:
+            world_size: Number of data-parallel ranks; the Trainer's by default.
+        """
+        plan = self._data_plan("train")
+        lengths = plan.lengths or measure_lengths(plan.dataset, self.num_workers, self.cache_dir)
+        ranks = self._ranks()[0] if world_size is None else world_size
+        return summarize(plan, lengths, ranks, self.batch_size, self.packs_rows)
 
     def train_dataloader(self) -> ResumableLoader:
         """Resumable batches to train on."""
+        plan = self.train_plan()
         self._train_loader = self._loader(
             "train",
-            self.train_plan(),
+            plan,
             micro_batches=lambda: self.trainer.accumulate_grad_batches if self._is_fitting() else 1,
-            stop=lambda: int(self.trainer.num_training_batches) if self._is_fitting() else len(self.train_plan()),
+            stop=lambda: int(self.trainer.num_training_batches) if self._is_fitting() else len(plan),
         )
         if self._restored is not None:
             self._train_loader.load_state_dict(self._restored)
@@ -196,17 +235,84 @@ class VLMDataModule(L.LightningDataModule):
         else:
             self._train_loader.load_state_dict(state_dict)
 
+    def resumed_position(self, state_dict: dict[str, Any]) -> Position | None:
+        """The position that a saved one means for this number of ranks; ``None`` outside a fit."""
+        return self.train_plan().restore(state_dict) if self._is_fitting() else None
+
+    def ledger(self, yielded: int) -> Ledger:
+        """A ledger of the running epoch, opened at a batch.
+
+        Args:
+            yielded: Batches of the epoch that each rank has done.
+        """
+        if self._train_loader is None:
+            raise RuntimeError("no training is under way; a ledger belongs to an epoch of train_dataloader()")
+        plan = self._data_plan("train")
+        kept = np.arange(len(plan.dataset)) if plan.overlong is None else plan.overlong.kept
+        position = replace(self._train_loader.position, yielded=yielded)
+        _, rank = self._ranks()
+        return Ledger(self._train_loader.plan, position, rank, kept)
+
+    @property
+    def num_dropped(self) -> int:
+        """Training samples that are left out because they exceed a limit."""
+        overlong = self._data_plan("train").overlong
+        return 0 if overlong is None else len(overlong.dropped)
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether training rows are packed."""
+        return self.packing or self.collate == "packed"
+
+    def probe_samples(self, count: int = 2) -> list[Sample]:
+        """The first samples that training will see, for checks before it starts."""
+        plan = self.train_plan()
+        indices = [index for batch in plan.batches(Position())[:count] for index in batch.indices]
+        dataset = self._data_plan("train").dataset
+        return [dataset[index] for index in indices[:count]]
+
     def _eval_loader(self, split: str) -> ResumableLoader | list[Any]:
-        return self._loader(split, self._plan(split, self.eval_batch_size, "sequential")) if self.files[split] else []
+        return self._loader(split, self._epoch_plan(split)) if self.files[split] else []
 
-    def _plan(self, split: str, batch_size: int, sampler: SamplerName) -> EpochPlan:
-        sources = self._opened(split)
-        content = hashlib.sha256("".join(source.fingerprint for source in sources).encode()).hexdigest()[:16]
+    def _epoch_plan(self, split: str, shuffled: bool = True) -> EpochPlan:
+        fingerprints = "".join(source.fingerprint for source in self._opened(split))
         world_size, _ = self._ranks()
-        return EpochPlan(sum(map(len, sources)), batch_size, world_size, sampler, self.seed, content)
+        batcher = self._data_plan(split, shuffled).batcher
+        return EpochPlan(batcher, world_size, hashlib.sha256(fingerprints.encode()).hexdigest()[:16])
 
-    def _loader(self, split: str, plan: EpochPlan, **options: Any) -> ResumableLoader:
-        dataset = SampleDataset(
+    def _data_plan(self, split: str, shuffled: bool = True) -> DataPlan:
+        """Made once per split; its reports are told then."""
+        key = (split, shuffled)
+        if key not in self._plans:
+            options = self._batch_options(split)
+            plan = plan_data(
+                self._dataset(split, options),
+                options if shuffled else in_file_order(options),
+                self.num_workers,
+                self.cache_dir,
+                show_progress=self.trainer is None or self.trainer.is_global_zero,
+            )
+            if plan.overlong is not None and plan.overlong.message:
+                rank_zero_info(f"{split}: {plan.overlong.message}")
+            self._plans[key] = plan
+        return self._plans[key]
+
+    def _batch_options(self, split: str) -> BatchOptions:
+        if split != "train":  # evaluation generates answers, for which rows are padded
+            return BatchOptions("sequential", False, self.eval_batch_size, self.max_tokens, overlong=self.overlong)
+        return BatchOptions(
+            self.sampler,
+            self.packing,
+            self.batch_size,
+            self.max_tokens,
+            self.batch_tokens,
+            self.batch_patches,
+            self.overlong,
+            self.seed,
+        )
+
+    def _dataset(self, split: str, options: BatchOptions) -> SampleDataset:
+        return SampleDataset(
             self._opened(split),
             self.processor,
             MediaPolicy(Path(), self.max_image_pixels, self.allow_urls),
@@ -214,17 +320,28 @@ class VLMDataModule(L.LightningDataModule):
             self.max_tokens,
             answer=split == "predict",
             template_kwargs=self.template_kwargs,
+            limit=options.sample_limit,
+            overlong=self.overlong,
         )
+
+    def _loader(self, split: str, plan: EpochPlan, **options: Any) -> ResumableLoader:
         _, rank = self._ranks()
+        packed = split == "train" and self.packs_rows
         return ResumableLoader(
-            dataset,
+            self._data_plan(split).dataset,
             plan,
-            PaddedCollate(self.processor.pad_token_id),
+            PackedCollate() if packed else PaddedCollate(self.processor.pad_token_id),
             rank=rank,
             num_workers=self.num_workers,
             pin_memory=self._pins_memory(),
             **options,
         )
+
+    def _open(self, split: str) -> None:
+        opened = self._sources.get(split)
+        if opened is None or any(source.has_changed() for source in opened):
+            self._sources[split] = open_sources(self.files[split], needs_answer=split != "predict")
+            self._plans = {key: plan for key, plan in self._plans.items() if key[0] != split}
 
     def _opened(self, split: str) -> list[JsonlSource]:
         if not self.files[split]:
@@ -247,12 +364,17 @@ class VLMDataModule(L.LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
 
-def _check_selection(name: str, value: Any) -> None:
-    if isinstance(value, (str, bool)) and value in _LATER[name]:
-        instead = _LATER[name][value]
-        raise NotImplementedError(f"{name}={value!r} is not available yet; use {name}={instead!r}")
-    if value not in _NOW[name]:
-        raise ValueError(f"{name}={value!r} is unknown; expected {' or '.join(map(repr, _NOW[name]))}")
+def _check_selections(**selections: Any) -> None:
+    for name, value in selections.items():
+        if value not in _CHOICES[name]:
+            raise ValueError(f"{name}={value!r} is unknown; expected {' or '.join(map(repr, _CHOICES[name]))}")
+    if selections["packing"] and selections["collate"] == "padded":
+        raise ValueError("packing=True makes rows without padding; expected collate='auto' or 'packed', not 'padded'")
+    if selections["packing"] and selections["sampler"] in ("length_grouped", "token_budget"):
+        raise ValueError(
+            f"packing=True fills rows by itself; expected sampler='shuffle' or 'sequential', not "
+            f"{selections['sampler']!r}"
+        )
 
 
 def _listed(files: Files) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Grid = tuple[int, int]
@@ -93,6 +93,63 @@ class ImageGeometry:
         return self.num_tokens(self.image_grids(height, width))
 
 
+@dataclass(frozen=True, slots=True)
+class ImageLayout:
+    """What the images of one sample become.
+
+    Attributes:
+        geometry: The numbers that the grids follow from; in static mode with fewer ``max_tiles`` where ``scaled``.
+        grids: Per image, the grids of its tiles (one in dynamic mode).
+        scaled: Whether any image was made smaller than the geometry alone makes it.
+    """
+
+    geometry: ImageGeometry
+    grids: tuple[tuple[Grid, ...], ...]
+    scaled: bool = False
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Language-model tokens per image, start and end markers not counted."""
+        return [self.geometry.num_tokens(tiles) for tiles in self.grids]
+
+    @property
+    def num_patches(self) -> int:
+        """Vision patches of all images."""
+        return sum(rows * columns for tiles in self.grids for rows, columns in tiles)
+
+
+def lay_out_images(
+    sizes: Sequence[tuple[int, int]], geometry: ImageGeometry, max_patches: int | None = None
+) -> ImageLayout:
+    """Grids of the images of one sample, smaller than their own only where together they exceed ``max_patches``.
+
+    A bound in tokens is a bound in patches, because every grid is whole tokens. Dynamic mode scales as
+    `fit_dynamic_grids` does, so that it is what serving does in a context of that size; static mode gives all images
+    fewer tiles. Where even the smallest grids exceed the bound they are returned all the same: whether that is an
+    error is the caller's to say.
+
+    Args:
+        sizes: (height, width) in pixels per image.
+        geometry: The numbers.
+        max_patches: Most patches of all images together; unbounded when ``None``.
+    """
+    own = ImageLayout(geometry, tuple(tuple(geometry.image_grids(height, width)) for height, width in sizes))
+    if max_patches is None or own.num_patches <= max_patches:
+        return own
+    if geometry.mode == "dynamic":
+        budget = max(min(max_patches, geometry.image_budget()), geometry.min_num_patches)
+        shared = tuple((grid,) for grid in _share_patches(sizes, geometry, budget, max_patches))
+        return ImageLayout(geometry, shared, shared != own.grids)
+    layout = own
+    for max_tiles in range(geometry.max_tiles - 1, 0, -1):  # not bisected: fewer allowed tiles can mean more used
+        smaller = replace(geometry, max_tiles=max_tiles)
+        grids = tuple(tuple(smaller.image_grids(height, width)) for height, width in sizes)
+        layout = ImageLayout(smaller, grids, grids != own.grids)
+        if layout.num_patches <= max_patches:
+            break
+    return layout
+
+
 def dynamic_grid(height: int, width: int, budget: int, geometry: ImageGeometry) -> Grid:
     """The grid that an image is resized to in dynamic mode.
 
@@ -146,7 +203,15 @@ def fit_dynamic_grids(
     """
     minimum = geometry.min_num_patches
     available = max((max_tokens - text_tokens - 4) * geometry.merge_size**2, minimum * len(sizes))
-    budgets = [max(min(available, geometry.max_num_patches), minimum)] * len(sizes)
+    budget = max(min(available, geometry.max_num_patches), minimum)
+    return _share_patches(sizes, geometry, budget, available)
+
+
+def _share_patches(
+    sizes: Sequence[tuple[int, int]], geometry: ImageGeometry, budget: int, available: int
+) -> list[Grid]:
+    """Scales images down from ``budget`` patches each until together they fit ``available`` or none can shrink."""
+    minimum, budgets = geometry.min_num_patches, [budget] * len(sizes)
     while True:
         grids = [dynamic_grid(h, w, budget, geometry) for (h, w), budget in zip(sizes, budgets)]
         patches = [rows * columns for rows, columns in grids]

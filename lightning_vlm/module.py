@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import ModuleDict
 from torch.optim import AdamW
 
+from lightning_vlm.callbacks.isolation import IsolationProbe
+from lightning_vlm.callbacks.ledger import EpochLedger
 from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.models.config import NemotronVLConfig
@@ -32,7 +34,7 @@ from lightning_vlm.training.generation import generate_answers
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
 from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens
 from lightning_vlm.training.optim import parameter_groups, warmup_cosine
-from lightning_vlm.training.resume import rewind_to_last_step
+from lightning_vlm.training.resume import move_progress, rewind_to_last_step
 
 
 class NemotronVLModule(L.LightningModule):
@@ -105,6 +107,10 @@ class NemotronVLModule(L.LightningModule):
             model.activation_checkpointing_enable({"use_reentrant": False})
         freeze(model, options.freeze or [])
         self.model = model
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What watches every run: the isolation of packed documents, and that no sample is lost."""
+        return [IsolationProbe(), EpochLedger()]
 
     def setup(self, stage: str) -> None:
         """Starts afresh, and takes the processor and the names of score groups from the datamodule.
@@ -188,9 +194,20 @@ class NemotronVLModule(L.LightningModule):
             rank_zero_info(f"stopped inside an optimizer step: {taken_back} batch(es) will be repeated on resume")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continues the count of batches in the weights: all that the data's position has passed."""
-        if self._datamodule is not None and (position := checkpoint.get(type(self._datamodule).__qualname__)):
-            self._applied = (position["epoch"], position["yielded"])
+        """Continues the count of batches in the weights: all that the data's position has passed.
+
+        On another number of ranks than before, the epoch's remaining batches are counted from its end.
+        """
+        if self._datamodule is None or not (state := checkpoint.get(type(self._datamodule).__qualname__)):
+            return
+        self._applied = (state["epoch"], state["yielded"])
+        position = self._datamodule.resumed_position(state)
+        if position is not None and position.epoch == state["epoch"] and position.yielded != state["yielded"]:
+            rank_zero_info(
+                f"the epoch was stopped on {state['world_size']} rank(s); its remaining samples are dealt out anew"
+            )
+            self._applied = (position.epoch, position.yielded)
+            move_progress(checkpoint, position.yielded)
 
     def validation_step(self, batch: VLMBatch, batch_idx: int) -> dict[str, Any]:
         """Loss and, if wanted, generated answers; see `_evaluate`."""

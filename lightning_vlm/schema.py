@@ -146,16 +146,16 @@ def count_label_tokens(labels: Tensor) -> int:
 class VLMBatch:
     """What a training or evaluation step receives.
 
-    With ``cu_seqlens`` the batch is one packed row ``(1, T)``; without, ``B`` right-padded rows ``(B, T)``.
+    With ``cu_seqlens`` the batch is one packed row ``(1, T)`` of ``B`` documents; without, ``B`` right-padded rows
+    ``(B, T)``. What is said per sample is said per document or per row.
 
     Attributes:
-        input_ids: ``(B, T)`` int64.
-        labels: ``(B, T)`` int64, -100 where not trained on; aligned with ``input_ids``, not shifted.
-        attention_mask: ``(B, T)`` int64, 1 for tokens and 0 for padding.
+        input_ids: ``(B, T)`` or ``(1, T)`` int64.
+        labels: The same shape, -100 where not trained on; aligned with ``input_ids``, not shifted.
+        attention_mask: ``(B, T)`` int64, 1 for tokens and 0 for padding; ``None`` for a packed row, which has none.
         pixel_values: ``(num_patches, 3 * patch_size**2)``, all images of the batch concatenated, or ``None``.
         image_grid_hw: ``(num_images, 2)`` int64, or ``None``.
         num_images: ``(B,)`` int64 rows of ``image_grid_hw`` that belong to each sample.
-        cu_seqlens: ``(num_documents + 1,)`` int32 document boundaries of a packed row, or ``None``.
         prompt_lengths: ``(B,)`` int64, see `Sample.prompt_length`.
         prompts: ``B`` prompts as text.
         references: ``B`` tuples of accepted answers.
@@ -165,11 +165,13 @@ class VLMBatch:
         num_label_tokens: Label tokens in this micro-batch.
         step_label_tokens: Label tokens in all micro-batches of this rank's optimizer step; the loader fills
             it in.
+        cu_seqlens: ``(B + 1,)`` int32 document boundaries of a packed row, or ``None``.
+        indices: ``(B,)`` int64 numbers of the samples in their dataset; the loader fills them in.
     """
 
     input_ids: Tensor
     labels: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     pixel_values: Tensor | None
     image_grid_hw: Tensor | None
     num_images: Tensor
@@ -181,19 +183,23 @@ class VLMBatch:
     num_label_tokens: int
     step_label_tokens: int = 0
     cu_seqlens: Tensor | None = None
+    indices: Tensor | None = None
 
     def __len__(self) -> int:
-        return int(self.input_ids.shape[0])
+        return len(self.sources)
 
     def __repr__(self) -> str:
         rows, columns = self.input_ids.shape
+        shape = (
+            f"{rows} x {columns} tokens" if self.cu_seqlens is None else f"{columns} tokens of {len(self)} documents"
+        )
         images = 0 if self.image_grid_hw is None else len(self.image_grid_hw)
-        return f"VLMBatch({rows} x {columns} tokens, {images} images, {self.num_label_tokens} label tokens)"
+        return f"VLMBatch({shape}, {images} images, {self.num_label_tokens} label tokens)"
 
     @property
     def num_tokens(self) -> int:
         """Real tokens, padding left out."""
-        return int(self.attention_mask.sum())
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
     def model_inputs(self) -> dict[str, Tensor]:
         """The tensors that `NemotronVL.forward` takes, without labels."""

@@ -32,6 +32,11 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["LIGHTNING_VLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def processor() -> NemotronVLProcessor:
     """Byte-level tokenizer, ChatML, 8-pixel patches, 4 to 256 of them per image."""

@@ -216,7 +216,10 @@ def test_a_folder_without_a_processor_is_named(config: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.packing", "true"], "error: packing=True is not available yet; use packing=False"),
+        (
+            ["--data.packing", "true", "--data.sampler", "token_budget"],
+            "error: packing=True fills rows by itself; expected sampler='shuffle' or 'sequential'",
+        ),
         (
             ["--model.freeze", "[tower]"],
             "error: the model has no part 'tower'; expected one of vision, projector, language",

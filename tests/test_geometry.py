@@ -19,6 +19,7 @@ from lightning_vlm.geometry import (
     ImageGeometry,
     dynamic_grid,
     fit_dynamic_grids,
+    lay_out_images,
     num_tiles,
     tile_boxes,
     tile_ratio,
@@ -161,6 +162,72 @@ class TestDynamicMode:
         sizes = [(224, 224), (1080, 1920)]
         grids = fit_dynamic_grids(sizes, OMNI, max_tokens=16384)
         assert grids == [OMNI.image_grids(*size)[0] for size in sizes]
+
+
+class TestLayout:
+    """Several images of one sample under one bound."""
+
+    @settings(max_examples=150, deadline=None)
+    @given(
+        sizes=st.lists(st.tuples(side, side), min_size=1, max_size=6),
+        max_patches=st.integers(-5, 40_000),
+        geometry=st.sampled_from([OMNI, TILES, ImageGeometry(max_model_len=1500), ImageGeometry(min_num_patches=4)]),
+    )
+    def test_fits_the_bound_or_is_the_smallest(
+        self, sizes: list[tuple[int, int]], max_patches: int, geometry: ImageGeometry
+    ) -> None:
+        own = lay_out_images(sizes, geometry)
+        assert own.grids == tuple(tuple(geometry.image_grids(*size)) for size in sizes)
+        assert own.num_tokens == [geometry.num_image_tokens(*size) for size in sizes]
+        layout = lay_out_images(sizes, geometry, max_patches)
+        assert layout.num_patches == sum(rows * columns for tiles in layout.grids for rows, columns in tiles)
+        assert sum(layout.num_tokens) * geometry.merge_size**2 == layout.num_patches
+        if own.num_patches <= max_patches:
+            assert layout == own
+            return
+        if layout.num_patches > max_patches:
+            per_image = [sum(rows * columns for rows, columns in tiles) for tiles in layout.grids]
+            smallest = 1024 if geometry.mode == "static" else geometry.min_num_patches
+            assert max(per_image) <= smallest
+        assert layout.scaled is (layout.grids != own.grids)
+        assert layout.num_patches <= own.num_patches
+        if geometry.mode == "static":
+            assert layout.grids == tuple(tuple(layout.geometry.image_grids(*size)) for size in sizes)
+
+    def test_gives_the_grids_that_serving_gives_in_such_a_context(self) -> None:
+        compared = 0
+        for seed in range(600):
+            sizes = random_sizes(1 + seed % 4, largest=10_000, seed=seed)
+            max_tokens = 256 * len(sizes) + 4 * seed
+            layout = lay_out_images(sizes, OMNI, 4 * max_tokens)
+            served = fit_dynamic_grids(sizes, OMNI, max_tokens=max_tokens + 4)
+            if layout.scaled:
+                assert [tiles[0] for tiles in layout.grids] == served
+                compared += 1
+        assert compared > 100
+
+    def test_of_equal_images_are_equal(self) -> None:
+        layout = lay_out_images([(2000, 1000)] * 3, OMNI, 9000)
+        assert len(set(layout.grids)) == 1
+        assert 8500 < layout.num_patches <= 9000
+
+    def test_no_image_grows_because_the_bound_is_generous(self) -> None:
+        geometry = ImageGeometry(max_model_len=1500)  # (1500 - 4) * 4 = 5984 patches per image
+        sizes = [(2000, 2000), (600, 800)]
+        own = lay_out_images(sizes, geometry)
+        for bound in range(own.num_patches - 1000, own.num_patches, 20):
+            bounded = lay_out_images(sizes, geometry, bound)
+            assert bounded.scaled
+            assert all(mine <= before for mine, before in zip(bounded.num_tokens, own.num_tokens, strict=True))
+
+    def test_tiles_are_as_many_as_fit_and_alike_for_all(self) -> None:
+        sizes = [(1024, 1024), (512, 2048)]  # 4 + 1 and 4 + 1 tiles of 1024 patches
+        layout = lay_out_images(sizes, TILES, 9 * 1024)
+        assert layout.geometry.max_tiles == 3
+        assert [len(tiles) for tiles in layout.grids] == [1, 4]
+
+    def test_without_images_there_is_nothing_to_scale(self) -> None:
+        assert lay_out_images([], OMNI, 0) == lay_out_images([], OMNI)
 
 
 class TestStaticMode:

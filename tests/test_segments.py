@@ -12,6 +12,9 @@ from lightning_vlm.segments import (
     cu_seqlens_from_position_ids,
     cu_seqlens_from_seq_idx,
     document_mask,
+    documents_from_cu_seqlens,
+    documents_from_lengths,
+    documents_from_rows,
     lengths_from_cu_seqlens,
     position_ids_from_cu_seqlens,
     seq_idx_from_cu_seqlens,
@@ -97,3 +100,43 @@ def test_lengths_may_be_a_tensor(dtype: torch.dtype) -> None:
 def test_negative_length_is_refused_with_the_lengths() -> None:
     with pytest.raises(ValueError, match=r"negative, got \[2, -1\]"):
         cu_seqlens_from_lengths([2, -1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(any_lengths)
+def test_documents_are_the_same_from_lengths_and_from_boundaries(lengths: list[int]) -> None:
+    from_lengths = documents_from_lengths(lengths)
+    from_boundaries = documents_from_cu_seqlens(cu_seqlens_from_lengths(lengths).long(), sum(lengths))
+    for documents in (from_lengths, from_boundaries):
+        assert documents.lengths == tuple(lengths)
+        assert documents.max_length == max(lengths, default=0)
+        assert documents.cu_seqlens.dtype == documents.seq_idx.dtype == torch.int32
+        assert torch.equal(documents.cu_seqlens, cu_seqlens_from_lengths(lengths))
+        assert torch.equal(documents.seq_idx, seq_idx_from_cu_seqlens(documents.cu_seqlens))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 5), (3, 4), (2, 1), (3, 0)], ids=str)
+def test_rows_of_a_padded_batch_are_documents_of_one_length(rows: int, columns: int) -> None:
+    actual = documents_from_rows(rows, columns, torch.device("cpu"))
+    expected = documents_from_lengths([columns] * rows)
+    assert actual.lengths == expected.lengths
+    assert actual.cu_seqlens.dtype == actual.seq_idx.dtype == torch.int32
+    assert torch.equal(actual.cu_seqlens, expected.cu_seqlens)
+    assert torch.equal(actual.seq_idx, expected.seq_idx)
+
+
+@pytest.mark.parametrize(
+    "boundaries",
+    [[], [0], [0, 4], [0, 6], [1, 5], [0, 3, 2, 5], [0, 6, 5], [-1, 5], [5, 0]],
+    ids=str,
+)
+def test_boundaries_that_do_not_cover_the_row_are_refused_and_shown(boundaries: list[int]) -> None:
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens is .* for a row of 5 tokens; expected boundaries that start at 0"
+    ):
+        documents_from_cu_seqlens(torch.tensor(boundaries, dtype=torch.int32), 5)
+
+
+def test_long_boundaries_are_shown_in_short() -> None:
+    with pytest.raises(ValueError, match=r"is \[0, 1, 2, 3, 4, 5, '\.\.\.', 17, 18, 19\] for a row of 20 tokens"):
+        documents_from_cu_seqlens(torch.arange(20), 20)

@@ -1,13 +1,15 @@
-"""Samples -> VLMBatch by right padding. Images are never padded: their patches are concatenated."""
+"""Samples -> VLMBatch: right-padded rows, or one packed row. Images are never padded: their patches follow on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_vlm.schema import IGNORE_INDEX, Sample, VLMBatch, count_label_tokens
+from lightning_vlm.segments import cu_seqlens_from_lengths
 
 
 class PaddedCollate:
@@ -31,21 +33,51 @@ class PaddedCollate:
         labels = pad_sequence([sample.labels for sample in samples], True, IGNORE_INDEX)
         if not counted:
             labels = torch.full_like(labels, IGNORE_INDEX)
-        grids = [sample.image_grid_hw for sample in samples if sample.image_grid_hw is not None]
-        patches = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
         return VLMBatch(
             input_ids=pad_sequence([sample.input_ids for sample in samples], True, self.pad_token_id),
             labels=labels,
             attention_mask=(torch.arange(int(lengths.max())) < lengths[:, None]).long(),
-            pixel_values=torch.cat(patches) if patches else None,
-            image_grid_hw=torch.cat(grids) if grids else None,
-            num_images=torch.tensor(
-                [0 if sample.image_grid_hw is None else len(sample.image_grid_hw) for sample in samples]
-            ),
-            prompt_lengths=torch.tensor([sample.prompt_length for sample in samples]),
-            prompts=[sample.prompt for sample in samples],
-            references=[sample.references for sample in samples],
-            sources=[sample.source for sample in samples],
-            counted=torch.full((len(samples),), counted),
             num_label_tokens=count_label_tokens(labels),
+            **_per_sample(samples, counted),
         )
+
+
+class PackedCollate:
+    """Puts samples one after another into one row, with their boundaries and nothing between them."""
+
+    def __call__(self, samples: Sequence[Sample], counted: bool = True) -> VLMBatch:
+        """Makes a packed row.
+
+        Args:
+            samples: At least one sample.
+            counted: False for a stand-in: its labels are removed.
+        """
+        labels = torch.cat([sample.labels for sample in samples])[None]
+        if not counted:
+            labels = torch.full_like(labels, IGNORE_INDEX)
+        return VLMBatch(
+            input_ids=torch.cat([sample.input_ids for sample in samples])[None],
+            labels=labels,
+            attention_mask=None,
+            cu_seqlens=cu_seqlens_from_lengths([len(sample) for sample in samples]),
+            num_label_tokens=sum(sample.num_label_tokens for sample in samples) if counted else 0,
+            **_per_sample(samples, counted),
+        )
+
+
+def _per_sample(samples: Sequence[Sample], counted: bool) -> dict[str, Any]:
+    """What both kinds of batches hold per sample, and all images in reading order."""
+    grids = [sample.image_grid_hw for sample in samples if sample.image_grid_hw is not None]
+    patches = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    return {
+        "pixel_values": torch.cat(patches) if patches else None,
+        "image_grid_hw": torch.cat(grids) if grids else None,
+        "num_images": torch.tensor(
+            [0 if sample.image_grid_hw is None else len(sample.image_grid_hw) for sample in samples]
+        ),
+        "prompt_lengths": torch.tensor([sample.prompt_length for sample in samples]),
+        "prompts": [sample.prompt for sample in samples],
+        "references": [sample.references for sample in samples],
+        "sources": [sample.source for sample in samples],
+        "counted": torch.full((len(samples),), counted),
+    }

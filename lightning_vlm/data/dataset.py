@@ -1,21 +1,27 @@
 """Index -> Sample: reads a row, loads its images, encodes it. Runs in the loader's workers.
 
-Nothing is cached or changed in place, so a worker's memory does not grow with what it has seen.
+Nothing is cached or changed in place, so a worker's memory does not grow with what it has seen. A sample that is not
+as long as the plan was told is an error here, before it can overflow a pack.
 """
 
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
+from lightning_vlm.data.lengths import LengthTable
 from lightning_vlm.data.sources import JsonlSource
-from lightning_vlm.media.load import MediaPolicy, load_image
+from lightning_vlm.media.load import MediaPolicy, image_size, load_image
 from lightning_vlm.processing.processor import NemotronVLProcessor
-from lightning_vlm.schema import DataError, Sample
+from lightning_vlm.processing.sizes import SampleLimit, SampleSize
+from lightning_vlm.schema import Conversation, DataError, Sample
+
+OverlongPolicy = Literal["error", "drop", "downscale_images"]
 
 
 class SampleDataset:
@@ -29,6 +35,13 @@ class SampleDataset:
         max_tokens: Longest sample, in tokens; longer ones are an error, never cut.
         answer: Samples end with a generation prompt instead of the row's last assistant turn.
         template_kwargs: Extra chat-template variables.
+        lengths: What the samples were measured to be; one that differs is an error.
+        limit: The most that a sample may be; one that exceeds it is an error.
+        overlong: What is done before it is one: with ``downscale_images``, its images are made smaller. ``drop`` is
+            for the plan to heed (see `lightning_vlm.data.overlong`): an index always means the same row.
+
+    Raises:
+        ValueError: If ``lengths`` are those of another number of samples.
     """
 
     def __init__(
@@ -40,14 +53,31 @@ class SampleDataset:
         max_tokens: int | None = None,
         answer: bool = False,
         template_kwargs: dict[str, Any] | None = None,
+        lengths: LengthTable | None = None,
+        limit: SampleLimit | None = None,
+        overlong: OverlongPolicy = "error",
     ) -> None:
         self.sources = list(sources)
         self.processor = processor
         self.max_tokens = max_tokens
         self.answer = answer
         self.template_kwargs = template_kwargs
-        self._policies = [replace(policy, media_root=media_root or source.path.parent) for source in self.sources]
+        self.limit = limit
+        self.overlong = overlong
+        self.policies = [replace(policy, media_root=media_root or source.path.parent) for source in self.sources]
         self._ends = list(itertools.accumulate(len(source) for source in self.sources))
+        self.lengths = self._checked(lengths)
+
+    @property
+    def image_limit(self) -> SampleLimit | None:
+        """The limit that images are made smaller for, if they are."""
+        return self.limit if self.overlong == "downscale_images" else None
+
+    def with_lengths(self, lengths: LengthTable) -> Self:
+        """The same samples, each checked against what it was measured to be."""
+        other = copy.copy(self)
+        other.lengths = self._checked(lengths)
+        return other
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -58,17 +88,65 @@ class SampleDataset:
         Raises:
             DataError: If the row, an image, or the sample's length is not acceptable.
         """
-        which = bisect.bisect_right(self._ends, index)
-        source, policy = self.sources[which], self._policies[which]
-        conversation = source.conversation(index - (self._ends[which - 1] if which else 0))
+        source, row, policy = self._locate(index)
+        conversation = source.conversation(row)
         images = [load_image(image.ref, policy, conversation.source) for image in conversation.images]
+        sample = self.processor.encode(conversation, images, **self._options(conversation))
+        self._check_length(sample, index, len(images))
+        return sample
+
+    def size(self, index: int) -> SampleSize:
+        """The size of ``self[index]`` from the row and the headers of its images; too long is no error here.
+
+        Raises:
+            DataError: If the row or an image's header is not acceptable.
+        """
+        source, row, policy = self._locate(index)
+        conversation = source.conversation(row)
+        sizes = [image_size(image.ref, policy, conversation.source) for image in conversation.images]
+        return self.processor.measure(conversation, sizes, **self._options(conversation))
+
+    def place(self, index: int) -> str:
+        """``file:line`` of a sample."""
+        source, row, _ = self._locate(index)
+        return source.place(row)
+
+    def _locate(self, index: int) -> tuple[JsonlSource, int, MediaPolicy]:
+        which = bisect.bisect_right(self._ends, index)
+        return self.sources[which], index - (self._ends[which - 1] if which else 0), self.policies[which]
+
+    def _options(self, conversation: Conversation) -> dict[str, Any]:
         answer = self.answer and conversation.turns[-1].role != "assistant"
-        sample = self.processor.encode(conversation, images, answer=answer, template_kwargs=self.template_kwargs)
+        return {"answer": answer, "template_kwargs": self.template_kwargs, "limit": self.image_limit}
+
+    def _checked(self, lengths: LengthTable | None) -> LengthTable | None:
+        if lengths is not None and len(lengths) != len(self):
+            raise ValueError(f"lengths of {len(lengths)} samples were given for {len(self)} samples")
+        return lengths
+
+    def _check_length(self, sample: Sample, index: int, num_images: int) -> None:
+        tokens, patches = len(sample), 0 if sample.pixel_values is None else len(sample.pixel_values)
+        if self.lengths is not None:
+            expected_tokens, expected_patches = int(self.lengths.tokens[index]), int(self.lengths.patches[index])
+            if (tokens, patches) != (expected_tokens, expected_patches):
+                path = self.lengths.path
+                raise DataError(
+                    sample.source,
+                    f"the sample has {tokens} tokens and {patches} vision patches, expected {expected_tokens} and "
+                    f"{expected_patches} as it was measured (an image or the row has changed since)",
+                    f"delete {str(path)!r} and start again" if path else "measure the samples again",
+                )
         if self.max_tokens is not None and len(sample) > self.max_tokens:
             raise DataError(
-                conversation.source,
-                f"the sample has {len(sample)} tokens with {len(images)} image(s), expected at most max_tokens = "
+                sample.source,
+                f"the sample has {len(sample)} tokens with {num_images} image(s), expected at most max_tokens = "
                 f"{self.max_tokens}",
                 "raise max_tokens, lower the processor's max_num_patches, or shorten the row",
             )
-        return sample
+        if self.limit is not None and not self.limit.holds(tokens, patches):
+            raise DataError(
+                sample.source,
+                f"the sample has {tokens} tokens and {patches} vision patches with {num_images} image(s), expected at "
+                f"most {self.limit}",
+                "raise the limit, set overlong to drop or downscale_images, or shorten the row",
+            )

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_vlm.data.samplers import EpochPlan, PlannedBatch
+from lightning_vlm.data.samplers import EpochPlan, PlannedBatch, Position
 from lightning_vlm.schema import DataError, Sample, VLMBatch
 
 # Workers are forked after the tokenizer was used; its own thread pool would only warn and contend there.
@@ -30,9 +32,11 @@ class _BatchDataset(Dataset):
 
     def __getitem__(self, planned: PlannedBatch) -> VLMBatch | DataError:
         try:
-            return self.collate([self.samples[index] for index in planned.indices], planned.counted)
+            batch = self.collate([self.samples[index] for index in planned.indices], planned.counted)
         except DataError as error:
             return error
+        batch.indices = torch.tensor(planned.indices)
+        return batch
 
 
 class ResumableLoader:
@@ -62,9 +66,8 @@ class ResumableLoader:
     ) -> None:
         self.plan = plan
         self.rank = rank
-        self.epoch = 0
-        self.yielded = 0
-        self._start = 0
+        self.position = Position()
+        self._start = Position()
         self._batches = _BatchDataset(samples, collate)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
@@ -80,8 +83,8 @@ class ResumableLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Selects the epoch of the next iteration, unless a restored position already did."""
-        if epoch != self.epoch:
-            self.epoch, self.yielded, self._start = epoch, 0, 0
+        if epoch != self.position.epoch:
+            self.position = self._start = Position(epoch)
 
     def __len__(self) -> int:
         """Batches of a whole epoch, also when resumed inside one."""
@@ -91,10 +94,9 @@ class ResumableLoader:
         return self._generate()
 
     def _generate(self) -> Iterator[VLMBatch]:
-        start, self._start = self._start, 0
-        self.yielded = start
-        stop = min(self._stop(), len(self.plan))
-        planned = self.plan.batches(self.epoch, self.rank)[start:stop]
+        self.position, self._start = self._start, Position(self._start.epoch)
+        start, stop = self.position.yielded, min(self._stop(), len(self.plan))
+        planned = self.plan.batches(self.position, self.rank)[: max(stop - start, 0)]
         loader = DataLoader(
             self._batches,
             batch_size=None,  # an item is a whole planned batch
@@ -104,11 +106,12 @@ class ResumableLoader:
             pin_memory=self._pin_memory,
         )
         stream = iter(loader)
-        while self.yielded < stop:
-            step = self._take_step(stream, self.yielded, stop)
+        while self.position.yielded < stop:
+            step = self._take_step(stream, self.position.yielded, stop)
             step.reverse()
             while step:
-                self.yielded += 1  # before the yield: the consumer never asks for a batch after the last one
+                # before the yield: the consumer never asks for a batch after the last one
+                self.position = replace(self.position, yielded=self.position.yielded + 1)
                 yield step.pop()  # and held no longer: the consumer moves it to a GPU
 
     def _take_step(self, stream: Iterator[VLMBatch | DataError], position: int, stop: int) -> list[VLMBatch]:
@@ -126,33 +129,18 @@ class ResumableLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position: epoch, batches done in it, and the plan they belong to."""
-        return {
-            "epoch": self.epoch,
-            "yielded": self.yielded,
-            "batches": len(self.plan),
-            "fingerprint": self.plan.fingerprint,
-        }
+        return self.plan.state(self.position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a position.
+        """Continues from a position, also one that was reached on another number of ranks.
 
         Args:
             state: What `state_dict` returned.
 
         Raises:
-            ValueError: If the plan has changed since (data, batch size, seed, sampler or number of ranks).
+            ValueError: If the plan has changed since, see `EpochPlan.restore`.
         """
-        finished = state["yielded"] >= state["batches"]  # by the plan that it belongs to, not by this one
-        if state["fingerprint"] != self.plan.fingerprint and not finished:
-            raise ValueError(
-                f"the checkpoint stopped after batch {state['yielded']} of epoch {state['epoch']} of another plan; to "
-                "resume exactly, keep data files, batch_size, sampler, seed and number of ranks as they were (now: "
-                f"{self.plan})"
-            )
-        epoch, yielded = state["epoch"], state["yielded"]
-        if finished:  # continue with the next epoch
-            epoch, yielded = epoch + 1, 0
-        self.epoch, self.yielded, self._start = epoch, yielded, yielded
+        self.position = self._start = self.plan.restore(state)
 
 
 def _identity(batch: Any) -> Any:

@@ -1,9 +1,12 @@
 """The epoch's plan: which samples form which batch on which rank, as a pure function of (seed, epoch, world size).
 
 A position in an epoch is one integer, the number of batches done, so resuming is exact. Every rank gets the same number
-of batches and every sample is seen exactly once: the last global batch is dealt out as evenly as it goes, and a rank
-that gets none of it runs one stand-in sample that is not counted. That the last batches are uneven changes no gradient,
-because the loss is divided by the label tokens of the whole step.
+of batches and every sample is seen exactly once; a rank that the last step has no batch for runs one stand-in sample
+that is not counted. That the last batches are uneven changes no gradient, because the loss is divided by the label
+tokens of the whole step.
+
+The plan is elastic: a run that was stopped inside an epoch continues it on another number of ranks. What the earlier
+ranks had not taken is dealt out to the new ones, and the position is counted from the epoch's end.
 """
 
 from __future__ import annotations
@@ -11,11 +14,11 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-import torch
+import numpy as np
 
-SamplerName = Literal["shuffle", "sequential"]
+from lightning_vlm.data.batching import Batcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,61 +35,107 @@ class PlannedBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class EpochPlan:
-    """Plans epochs.
+class Position:
+    """A place in the epochs of a plan.
 
     Attributes:
-        num_samples: Size of the dataset.
-        batch_size: Samples per rank and batch.
+        epoch: The epoch, from 0.
+        yielded: Batches of it that each rank has done, on the scale of the plan's length.
+        dealt: What was taken earlier in this epoch on other numbers of ranks: (ranks, batches of each) in order.
+    """
+
+    epoch: int = 0
+    yielded: int = 0
+    dealt: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPlan:
+    """Deals the batches of each epoch to ranks.
+
+    Attributes:
+        batcher: Makes the batches.
         world_size: Number of data-parallel ranks.
-        sampler: ``shuffle`` (a new order each epoch) or ``sequential``.
-        seed: Seed of the shuffle.
         data: Fingerprint of the data's content.
     """
 
-    num_samples: int
-    batch_size: int
+    batcher: Batcher
     world_size: int = 1
-    sampler: SamplerName = "shuffle"
-    seed: int = 0
     data: str = ""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; expected at least 1")
 
     def __len__(self) -> int:
         """Batches per rank and epoch."""
-        return math.ceil(self.num_samples / (self.batch_size * self.world_size))
+        return math.ceil(self.batcher.num_batches(self.world_size) / self.world_size)
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a position in the plan would mean other samples."""
-        text = repr((self.num_samples, self.batch_size, self.world_size, self.sampler, self.seed, self.data))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Changes when a position would mean other samples; the number of ranks may change."""
+        return hashlib.sha256(f"{self.batcher.fingerprint}/{self.data}".encode()).hexdigest()[:16]
 
-    def order(self, epoch: int) -> list[int]:
-        """All samples in the order of an epoch."""
-        if self.sampler == "sequential":
-            return list(range(self.num_samples))
-        # Seeds are hashed so that (seed 0, epoch 1) and (seed 1, epoch 0) are unrelated orders.
-        digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        return torch.randperm(self.num_samples, generator=generator).tolist()
+    def remaining(self, position: Position) -> list[np.ndarray]:
+        """The batches that no rank had taken when this number of ranks took over, in the order of (step, rank)."""
+        first_world = position.dealt[0][0] if position.dealt else self.world_size
+        taken = sum(ranks * batches for ranks, batches in position.dealt)
+        return self.batcher.batches(position.epoch, first_world)[taken:]
 
-    def batches(self, epoch: int, rank: int = 0) -> list[PlannedBatch]:
-        """The batches of one rank in an epoch.
+    def offset(self, position: Position) -> int:
+        """Where this number of ranks took over, on the scale of the plan's length: 0 at the epoch's start."""
+        if not position.dealt:
+            return 0
+        return len(self) - math.ceil(len(self.remaining(position)) / self.world_size)
+
+    def batches(self, position: Position, rank: int = 0) -> list[PlannedBatch]:
+        """The batches of one rank from a position to the epoch's end.
 
         Args:
-            epoch: The epoch, from 0.
+            position: Where to start.
             rank: The data-parallel rank.
         """
-        order, size = self.order(epoch), self.batch_size * self.world_size
+        batches = self.remaining(position)
+        start = (position.yielded - self.offset(position)) * self.world_size
         planned = []
-        for start in range(0, len(order), size):
-            step = order[start : start + size]
-            share, extra = divmod(len(step), self.world_size)
-            first = rank * share + min(rank, extra)
-            own = step[first : first + share + (rank < extra)]
-            planned.append(PlannedBatch(tuple(own)) if own else PlannedBatch((step[0],), counted=False))
+        for step in range(start, len(batches), self.world_size):
+            if step + rank < len(batches):
+                planned.append(PlannedBatch(tuple(batches[step + rank].tolist())))
+            else:
+                planned.append(PlannedBatch((int(batches[step][0]),), counted=False))
         return planned
+
+    def state(self, position: Position) -> dict[str, Any]:
+        """A position as plain data, with all that `restore` needs to find it again."""
+        return {
+            "epoch": position.epoch,
+            "yielded": position.yielded,
+            "dealt": [list(part) for part in position.dealt],
+            "world_size": self.world_size,
+            "offset": self.offset(position),
+            "batches": len(self),
+            "fingerprint": self.fingerprint,
+        }
+
+    def restore(self, state: dict[str, Any]) -> Position:
+        """The position that continues exactly after ``state``, on this plan's number of ranks.
+
+        Args:
+            state: What `state` returned, of this plan or of one that differs in the number of ranks alone.
+
+        Raises:
+            ValueError: If the plan has changed otherwise (data, budget, batch size, seed or sampler).
+        """
+        if state["yielded"] >= state["batches"]:  # by the plan that it belongs to, not by this one
+            return Position(state["epoch"] + 1)
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"the checkpoint stopped after batch {state['yielded']} of epoch {state['epoch']} of another plan; to "
+                "resume exactly, keep data files, processor, sampler, packing, batch_size, batch_tokens, "
+                f"batch_patches, overlong and seed as they were (now: {len(self)} batches per epoch, {self.world_size} "
+                "rank(s))"
+            )
+        dealt = tuple((ranks, batches) for ranks, batches in state["dealt"])
+        if state["world_size"] == self.world_size:
+            return Position(state["epoch"], state["yielded"], dealt)
+        taken = state["yielded"] - state["offset"]
+        if taken:
+            dealt = (*dealt, (state["world_size"], taken))
+        moved = Position(state["epoch"], 0, dealt)
+        return Position(state["epoch"], self.offset(moved), dealt)

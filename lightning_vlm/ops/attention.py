@@ -124,10 +124,11 @@ def _varlen(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:  # its enable_gqa is refused by one of the two backends
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-    rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]  # (T, heads, head_dim)
+    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, heads, head_dim)
     window = (-1, 0) if getattr(module, "is_causal", True) else (-1, -1)
     bounds, longest = documents.cu_seqlens, documents.max_length
-    return varlen_attn(*rows, bounds, bounds, longest, longest, scale=scaling, window_size=window)[None]
+    attended = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window)
+    return attended.unsqueeze(0)  # type: ignore[union-attr]
 
 
 AttentionInterface.register(ATTENTION, document_attention)

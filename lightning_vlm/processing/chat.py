@@ -116,6 +116,37 @@ def render_turns(
     return [span for span in spans if span.text]
 
 
+def render_text(
+    tokenizer: Any,
+    messages: list[Message],
+    source: str,
+    template_kwargs: dict[str, Any] | None,
+    known: set[tuple[str, ...]],
+) -> str:
+    """Renders a conversation once: the text that `render_turns` returns in spans, for its length.
+
+    What `render_turns` checks depends on the template and the order of the roles, so it is checked at the first
+    conversation of each order. Only contents that change what the template prints elsewhere are missed: such a row
+    is refused when it is encoded.
+
+    Args:
+        tokenizer: As for `render_turns`.
+        messages: As for `render_turns`.
+        source: As for `render_turns`.
+        template_kwargs: As for `render_turns`.
+        known: The orders that were checked under this template and these variables; this one is added to it.
+
+    Raises:
+        DataError: As for `render_turns`.
+    """
+    roles = tuple(message["role"] for message in messages)
+    if roles in known:
+        return _renderer(tokenizer, source, template_kwargs)(messages)
+    text = "".join(span.text for span in render_turns(tokenizer, messages, source, template_kwargs))
+    known.add(roles)
+    return text
+
+
 def render_prompt(
     tokenizer: Any, messages: list[Message], source: str, template_kwargs: dict[str, Any] | None = None
 ) -> str:

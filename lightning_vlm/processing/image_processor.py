@@ -18,7 +18,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs
 
-from lightning_vlm.geometry import Grid, ImageGeometry
+from lightning_vlm.geometry import Grid, ImageGeometry, ImageLayout, lay_out_images
 from lightning_vlm.media.image import image_to_patches, to_rgb
 from lightning_vlm.ops.pixels import normalize_patches
 
@@ -94,11 +94,14 @@ class NemotronVLImageProcessor(PilBackend):
             **{name: options[name] for name in _GEOMETRY_NAMES},
         )
 
-    def patchify(self, images: list[Image.Image], **overrides: Any) -> tuple[Tensor, list[list[Grid]]]:
+    def patchify(
+        self, images: list[Image.Image], layout: ImageLayout | None = None, **overrides: Any
+    ) -> tuple[Tensor, list[list[Grid]]]:
         """Cuts images into one stack of patches.
 
         Args:
             images: RGB images.
+            layout: Grids to use instead of the geometry's own answer, made from these images' sizes.
             **overrides: Any constructor argument, for this call only.
 
         Returns:
@@ -106,8 +109,16 @@ class NemotronVLImageProcessor(PilBackend):
             the grids of its tiles (one grid in dynamic mode).
         """
         options = {**vars(self), **overrides}
-        geometry, as_float = self.geometry_with(**overrides), bool(options["do_normalize"])
-        patches, grids = zip(*(image_to_patches(image, geometry, as_float=as_float) for image in images))
+        as_float = bool(options["do_normalize"])
+        layout = layout or lay_out_images(
+            [(image.height, image.width) for image in images], self.geometry_with(**overrides)
+        )
+        patches, grids = zip(
+            *(
+                image_to_patches(image, layout.geometry, tiles[0], as_float)
+                for image, tiles in zip(images, layout.grids, strict=True)
+            )
+        )
         stacked = torch.cat(patches)
         if as_float:
             mean, std = torch.tensor(options["image_mean"]), torch.tensor(options["image_std"])

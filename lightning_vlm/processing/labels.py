@@ -29,10 +29,7 @@ def tokenize_spans(tokenizer: Any, spans: Sequence[Span]) -> tuple[Tensor, Tenso
     Raises:
         ValueError: If the tokenizer gives no character offsets.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"{type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer (tokenizer.json)"
-        )
+    _require_fast(tokenizer)
     text = "".join(span.text for span in spans)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     trained = torch.zeros(len(text) + 1, dtype=torch.bool)
@@ -47,3 +44,24 @@ def tokenize_spans(tokenizer: Any, spans: Sequence[Span]) -> tuple[Tensor, Tenso
     cumulative = torch.nn.functional.pad(trained.cumsum(0), (1, 0))
     is_trained = cumulative[offsets[:, 1]] > cumulative[offsets[:, 0]]
     return input_ids, input_ids.where(is_trained, IGNORE_INDEX)
+
+
+def tokenize_text(tokenizer: Any, text: str) -> list[int]:
+    """The ids of `tokenize_spans` for the same text, without labels: for its length.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        text: Rendered text; no special tokens are added to it.
+
+    Raises:
+        ValueError: If the tokenizer gives no character offsets.
+    """
+    _require_fast(tokenizer)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _require_fast(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer (tokenizer.json)"
+        )

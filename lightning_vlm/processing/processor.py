@@ -1,14 +1,15 @@
 """NemotronVLProcessor: the tokenizer and the image processor of the family as one transformers processor.
 
 Two doors. ``processor(text=..., images=...)`` is what any transformers user calls for inference;
-``processor.encode`` turns a Conversation into a training Sample. Both expand images by the same function, so
-what is trained is what is served.
+``processor.encode`` turns a Conversation into a training Sample, and ``processor.measure`` tells its size without
+making it. All expand images by the same function, so what is planned is what is trained is what is served.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -19,11 +20,12 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 
-from lightning_vlm.geometry import Grid, ImageGeometry
+from lightning_vlm.geometry import Grid, ImageGeometry, ImageLayout, lay_out_images
 from lightning_vlm.media.image import to_rgb
-from lightning_vlm.processing.chat import Span, render_prompt, render_turns, to_messages
+from lightning_vlm.processing.chat import Message, Span, render_prompt, render_text, render_turns, to_messages
 from lightning_vlm.processing.image_processor import NemotronVLImageKwargs, NemotronVLImageProcessor
-from lightning_vlm.processing.labels import tokenize_spans
+from lightning_vlm.processing.labels import tokenize_spans, tokenize_text
+from lightning_vlm.processing.sizes import SampleLimit, SampleSize
 from lightning_vlm.schema import IGNORE_INDEX, Conversation, DataError, Sample
 
 
@@ -59,6 +61,7 @@ class NemotronVLProcessor(ProcessorMixin):
         self.image_token_id = token_id(tokenizer, image_token)
         self.image_start_token_id = token_id(tokenizer, image_start_token)
         self.image_end_token_id = token_id(tokenizer, image_end_token)
+        self._known_roles: dict[str, set[tuple[str, ...]]] = {}  # by template and variables, see `render_text`
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @classmethod
@@ -135,6 +138,7 @@ class NemotronVLProcessor(ProcessorMixin):
         *,
         answer: bool = False,
         template_kwargs: dict[str, Any] | None = None,
+        limit: SampleLimit | None = None,
     ) -> Sample:
         """Makes a training or evaluation Sample.
 
@@ -144,6 +148,8 @@ class NemotronVLProcessor(ProcessorMixin):
             answer: The model is to answer: the conversation ends with a generation prompt and nothing is
                 trained on.
             template_kwargs: Extra chat-template variables.
+            limit: Make the images smaller where the sample would exceed it. A sample that exceeds it with the
+                smallest images, or without any, is returned all the same.
 
         Returns:
             The sample. Its references are the conversation's, or else the answer that it was trained on.
@@ -152,38 +158,25 @@ class NemotronVLProcessor(ProcessorMixin):
             DataError: If the conversation cannot be rendered or holds more or fewer images than given.
         """
         source = conversation.source
-        reserved = (self.image_start_token, self.image_end_token, self.tokenizer.eos_token)
-        messages = to_messages(conversation, self.image_token, [token for token in reserved if token])
-        if isinstance(self.chat_template, str):  # it may not be the tokenizer's; a dict of named ones is
-            template_kwargs = {"chat_template": self.chat_template, **(template_kwargs or {})}
+        messages, template_kwargs = self._template_inputs(conversation, template_kwargs)
         if answer:
             spans = [Span(render_prompt(self.tokenizer, messages, source, template_kwargs), trained=False)]
         else:
             spans = render_turns(self.tokenizer, messages, source, template_kwargs)
 
+        text, sizes = "".join(span.text for span in spans), [(image.height, image.width) for image in images]
+        self._check_rendered(text, len(sizes), source)
+        text_tokens = self._num_text_tokens(text, sizes, source) if limit else 0
+        layout = self._lay_out(sizes, text_tokens, limit)
         patches: Tensor | None = None
         rows: Tensor | None = None
-        grids: list[list[Grid]] = []
         if images:
-            patches, grids = self.image_processor.patchify(list(images))
-            rows = torch.tensor([grid for tiles in grids for grid in tiles])
-        found = sum(span.text.count(self.image_token) for span in spans)
-        if found != len(images):
-            raise DataError(
-                source,
-                f"the chat template rendered {found} image placeholder(s) for {len(images)} image(s)",
-                "use a chat_template that prints every turn's content",
-            )
-        counts = [self.geometry.num_tokens(tiles) for tiles in grids]
-        remaining = iter(counts)
+            patches, _ = self.image_processor.patchify(list(images), layout)
+            rows = torch.tensor([grid for tiles in layout.grids for grid in tiles])
+        remaining = iter(layout.num_tokens)
         expanded = [Span(self._expand(span.text, remaining), span.trained) for span in spans]
         input_ids, labels = tokenize_spans(self.tokenizer, expanded)
-        if (placeholders := int((input_ids == self.image_token_id).sum())) != sum(counts):
-            raise DataError(
-                source,
-                f"{placeholders} image placeholders were tokenised, expected {sum(counts)}",
-                "use the tokenizer that belongs to the model",
-            )
+        self._check_tokenized(int((input_ids == self.image_token_id).sum()), sum(layout.num_tokens), source)
         return Sample(
             input_ids=input_ids,
             labels=labels,
@@ -194,6 +187,87 @@ class NemotronVLProcessor(ProcessorMixin):
             references=conversation.references or (() if answer else _last_answer(conversation)),
             source=source,
         )
+
+    def measure(
+        self,
+        conversation: Conversation,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        answer: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+        limit: SampleLimit | None = None,
+    ) -> SampleSize:
+        """The size of the Sample that `encode` would make: exact, from image headers, with nothing decoded.
+
+        Args:
+            conversation: The conversation.
+            sizes: Upright (height, width) in pixels of its images, in reading order.
+            answer: As for `encode`.
+            template_kwargs: As for `encode`.
+            limit: As for `encode`; both then make the images smaller by the same rule.
+
+        Raises:
+            DataError: As for `encode`, except where `render_text` names.
+        """
+        source = conversation.source
+        messages, template_kwargs = self._template_inputs(conversation, template_kwargs)
+        if answer:
+            text = render_prompt(self.tokenizer, messages, source, template_kwargs)
+        else:
+            known = self._known_roles.setdefault(repr(template_kwargs), set())
+            text = render_text(self.tokenizer, messages, source, template_kwargs, known)
+        self._check_rendered(text, len(sizes), source)
+        text_tokens = self._num_text_tokens(text, sizes, source)
+        layout = self._lay_out(sizes, text_tokens, limit)
+        return SampleSize(text_tokens + sum(layout.num_tokens), layout.num_patches, len(sizes), layout.scaled)
+
+    def _template_inputs(
+        self, conversation: Conversation, template_kwargs: dict[str, Any] | None
+    ) -> tuple[list[Message], dict[str, Any] | None]:
+        reserved = (self.image_start_token, self.image_end_token, self.tokenizer.eos_token)
+        messages = to_messages(conversation, self.image_token, [token for token in reserved if token])
+        if isinstance(self.chat_template, str):  # it may not be the tokenizer's; a dict of named ones is
+            template_kwargs = {"chat_template": self.chat_template, **(template_kwargs or {})}
+        return messages, template_kwargs
+
+    def _lay_out(self, sizes: Sequence[tuple[int, int]], text_tokens: int, limit: SampleLimit | None) -> ImageLayout:
+        geometry = self.geometry
+        bound = None if limit is None else limit.image_patches(text_tokens, geometry.merge_size)
+        return lay_out_images(sizes, geometry, bound)
+
+    def _num_text_tokens(self, text: str, sizes: Sequence[tuple[int, int]], source: str) -> int:
+        """Tokens of a rendered text, the start and end of each image included, its placeholders not.
+
+        A placeholder that the tokenizer cuts out before anything else sees the text leaves the same text on both
+        sides of a run of any length: a run of one is tokenised in place of thousands.
+        """
+        counts = [1] * len(sizes) if self._cuts_out_placeholders else lay_out_images(sizes, self.geometry).num_tokens
+        input_ids = tokenize_text(self.tokenizer, self._expand(text, iter(counts)))
+        self._check_tokenized(input_ids.count(self.image_token_id), sum(counts), source)
+        return len(input_ids) - sum(counts)
+
+    @cached_property  # a released tokenizer has a thousand added tokens
+    def _cuts_out_placeholders(self) -> bool:
+        added = self.tokenizer.added_tokens_decoder
+        token = added.get(self.image_token_id)
+        longer = any(self.image_token in other.content and other != token for other in added.values())
+        return token is not None and not token.normalized and not longer
+
+    def _check_rendered(self, text: str, num_images: int, source: str) -> None:
+        if (found := text.count(self.image_token)) != num_images:
+            raise DataError(
+                source,
+                f"the chat template rendered {found} image placeholder(s) for {num_images} image(s)",
+                "use a chat_template that prints every turn's content",
+            )
+
+    def _check_tokenized(self, found: int, expected: int, source: str) -> None:
+        if found != expected:
+            raise DataError(
+                source,
+                f"{found} image placeholders were tokenised, expected {expected}",
+                "use the tokenizer that belongs to the model",
+            )
 
     def _expand(self, text: str, counts: Iterator[int]) -> str:
         """Replaces each placeholder by its image's run: start, one per token of all its tiles, end."""

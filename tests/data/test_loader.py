@@ -7,9 +7,10 @@ import weakref
 import pytest
 import torch
 
+from lightning_vlm.data.batching import FixedBatches
 from lightning_vlm.data.collate import PaddedCollate
 from lightning_vlm.data.loader import ResumableLoader
-from lightning_vlm.data.samplers import EpochPlan
+from lightning_vlm.data.samplers import EpochPlan, Position
 from lightning_vlm.schema import DataError, Sample
 
 
@@ -30,7 +31,7 @@ class Samples:
 
 
 def loader(count: int = 13, batch_size: int = 2, **options: object) -> ResumableLoader:
-    plan = EpochPlan(count, batch_size, seed=3)
+    plan = EpochPlan(FixedBatches(count, batch_size, seed=3))
     return ResumableLoader(Samples(count), plan, PaddedCollate(0), **options)  # type: ignore[arg-type]
 
 
@@ -64,13 +65,13 @@ def test_state_restored_after_the_iterator_was_made_still_counts() -> None:
     whole = rows(loader())
     late = loader()
     iterator = iter(late)
-    late.load_state_dict({"epoch": 0, "yielded": 3, "batches": 7, "fingerprint": late.plan.fingerprint})
+    late.load_state_dict(late.plan.state(Position(0, 3)))
     assert rows(iterator) == whole[3:]
 
 
 def test_setting_the_restored_epoch_keeps_the_position() -> None:
     resumed = loader()
-    resumed.load_state_dict({"epoch": 2, "yielded": 4, "batches": 7, "fingerprint": resumed.plan.fingerprint})
+    resumed.load_state_dict(resumed.plan.state(Position(2, 4)))
     resumed.set_epoch(2)
     assert len(rows(resumed)) == 3
     assert len(resumed) == 7, "the length stays that of a whole epoch"
@@ -81,7 +82,7 @@ def test_setting_the_restored_epoch_keeps_the_position() -> None:
 def test_each_micro_batch_knows_the_label_tokens_of_its_step(micro_batches: int, start: int) -> None:
     data = loader(micro_batches=lambda: micro_batches)
     start -= start % micro_batches
-    data.load_state_dict({"epoch": 0, "yielded": start, "batches": 7, "fingerprint": data.plan.fingerprint})
+    data.load_state_dict(data.plan.state(Position(0, start)))
     batches = list(data)
     for first in range(0, len(batches), micro_batches):
         step = batches[first : first + micro_batches]
@@ -97,7 +98,7 @@ def test_batches_beyond_the_limit_are_neither_read_nor_counted() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_in_a_worker_arrives_as_its_own_sentence(workers: int) -> None:
-    plan = EpochPlan(6, 2, sampler="sequential")
+    plan = EpochPlan(FixedBatches(6, 2, shuffle=False))
     data = ResumableLoader(Samples(6, bad=3), plan, PaddedCollate(0), num_workers=workers)
     iterator = iter(data)
     next(iterator)
@@ -113,7 +114,7 @@ def test_another_plan_is_refused_inside_an_epoch_and_welcome_between_epochs() ->
     with pytest.raises(ValueError, match="another plan"):  # further than this plan is long, yet not finished
         data.load_state_dict({"epoch": 1, "yielded": 8, "batches": 9, "fingerprint": "other"})
     data.load_state_dict({"epoch": 1, "yielded": 9, "batches": 9, "fingerprint": "other"})
-    assert data.epoch == 2
+    assert data.position.epoch == 2
 
 
 def test_a_used_batch_is_not_held() -> None:

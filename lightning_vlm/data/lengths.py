@@ -1,0 +1,249 @@
+"""The exact length of every sample before the first is encoded, so that a plan of packs never overflows.
+
+Text goes through the tokenizer once, images are read up to their headers; both in parallel. The table is kept on disk
+under a name that changes with everything it depends on, except the images themselves: to notice a changed image would
+cost as much as to measure it, so training compares every sample with the table instead (`SampleDataset`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from lightning_vlm.schema import DataError
+
+if TYPE_CHECKING:
+    from lightning_vlm.data.dataset import SampleDataset
+    from lightning_vlm.processing.processor import NemotronVLProcessor
+
+# Workers are forked after the tokenizer was used; its own thread pool would only warn and contend there.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+FORMAT_VERSION = 1
+"""To be raised when the same data, processor and settings get another length, or the file another form."""
+
+_COLUMNS = {"tokens": "int32", "patches": "int32", "images": "int32", "scaled": "bool"}
+_CHUNK = 256
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LengthTable:
+    """Sizes of the samples of a dataset, by index.
+
+    Attributes:
+        tokens: ``(N,)`` int32.
+        patches: ``(N,)`` int32 vision patches.
+        images: ``(N,)`` int32 number of images.
+        scaled: ``(N,)`` bool, whether images were made smaller to fit the limit.
+        path: The file that it was read from or written to.
+
+    Raises:
+        ValueError: If the arrays are not of these types and of one length, or hold a negative number.
+    """
+
+    tokens: np.ndarray
+    patches: np.ndarray
+    images: np.ndarray
+    scaled: np.ndarray
+    path: Path | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        for name, dtype in _COLUMNS.items():
+            column = getattr(self, name)
+            if column.dtype != dtype or column.shape != (len(self.tokens),) or (column < 0).any():
+                raise ValueError(
+                    f"{name} is {column.dtype} {column.shape}, expected {len(self.tokens)} of {dtype}, none negative"
+                )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def save(self, path: str | Path, key: str = "") -> None:
+        """Writes the table; another process sees the old file or the new one, never half of one.
+
+        Args:
+            path: An ``.npz`` file; its folder is made.
+            key: What the lengths belong to; `load` asks for it.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            with unfinished.open("wb") as file:
+                np.savez_compressed(file, key=np.array(key), **{name: getattr(self, name) for name in _COLUMNS})
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, key: str = "") -> Self:
+        """Reads a table.
+
+        Args:
+            path: What `save` wrote.
+            key: The key that it was saved with.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If the file is damaged, no table, or a table of other lengths.
+        """
+        path = Path(path)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found, columns = str(file["key"]), {name: file[name] for name in _COLUMNS}
+            table = cls(**columns, path=path)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # zip, zlib and NumPy raise almost any kind for a damaged file
+            raise ValueError(f"{path} is no table of lengths ({' '.join(str(error).split())})") from error
+        if found != key:
+            raise ValueError(f"{path} is the table of other lengths (its key is {found!r}, expected {key!r})")
+        return table
+
+
+def measure_lengths(
+    dataset: SampleDataset,
+    num_workers: int = 0,
+    cache_dir: str | Path | None = None,
+    show_progress: bool = True,
+) -> LengthTable:
+    """Measures every sample, or reads what was measured before.
+
+    Args:
+        dataset: The samples.
+        num_workers: Processes that measure; 0 measures in this one.
+        cache_dir: Folder of the tables; `default_cache_dir` when ``None``.
+        show_progress: Show a progress bar on stderr while measuring.
+
+    Raises:
+        DataError: At the first sample whose row or image is not acceptable.
+    """
+    key = lengths_key(dataset)
+    path = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / f"{key}.npz"
+    try:
+        table = LengthTable.load(path, key)
+        if len(table) != len(dataset):
+            raise ValueError(f"{path} holds the lengths of {len(table)} samples, expected {len(dataset)}")
+        return table
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        _log.warning("%s; the samples are measured again", error)
+    table = _measure(dataset, num_workers, show_progress)
+    try:
+        table.save(path, key)
+    except OSError as error:
+        _log.warning("%s cannot be written (%s); the samples will be measured again next time", path, error)
+        return table
+    return replace(table, path=path)
+
+
+def default_cache_dir() -> Path:
+    """``lengths`` in ``$LIGHTNING_VLM_CACHE``, or else in ``~/.cache/lightning_vlm``."""
+    return Path(os.environ.get("LIGHTNING_VLM_CACHE") or Path.home() / ".cache" / "lightning_vlm") / "lengths"
+
+
+def lengths_key(dataset: SampleDataset) -> str:
+    """Names everything that the lengths of a dataset follow from, the content of its images left out."""
+    limit = dataset.image_limit
+    sources = [
+        [source.fingerprint, len(source), source.needs_answer, str(policy.media_root.resolve())]
+        for source, policy in zip(dataset.sources, dataset.policies)
+    ]
+    # Not that a policy changes a length, but what it refuses now must not pass because it was measured before.
+    policies = [[policy.max_image_pixels, policy.allow_urls] for policy in dataset.policies]
+    parts = {
+        "format": FORMAT_VERSION,
+        "libraries": [transformers.__version__, tokenizers.__version__],
+        "sources": sources,
+        "policies": policies,
+        "answer": dataset.answer,
+        "processor": processor_fingerprint(dataset.processor),
+        "template_kwargs": dataset.template_kwargs,
+        "limit": None if limit is None else asdict(limit),
+    }
+    return _digest(parts)
+
+
+def processor_fingerprint(processor: NemotronVLProcessor) -> str:
+    """Names everything that a processor turns a conversation and image sizes into tokens by."""
+    tokenizer = processor.tokenizer
+    content = tokenizer.backend_tokenizer.to_str()
+    start = content.find('"added_tokens"')  # before it stand truncation and padding, which the last call has set
+    return _digest(
+        {
+            "tokenizer": content[max(start, 0) :],
+            "class": type(tokenizer).__name__,
+            "special_tokens": tokenizer.special_tokens_map,
+            "splits_special_tokens": getattr(tokenizer, "split_special_tokens", False),
+            "chat_template": processor.chat_template,
+            "image_tokens": [processor.image_token, processor.image_start_token, processor.image_end_token],
+            "geometry": asdict(processor.geometry),
+        }
+    )
+
+
+def _digest(parts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class _Chunks(Dataset):
+    """Indices -> their sizes. A DataError travels back as a value: raised in a worker it would be a traceback."""
+
+    def __init__(self, samples: SampleDataset) -> None:
+        self.samples = samples
+
+    def __getitem__(self, indices: range) -> np.ndarray | DataError:
+        sizes = np.empty((len(indices), len(_COLUMNS)), dtype=np.int32)
+        try:
+            for row, index in enumerate(indices):
+                size = self.samples.size(index)
+                sizes[row] = size.tokens, size.patches, size.images, size.scaled
+        except DataError as error:
+            return error
+        return sizes
+
+
+def _measure(dataset: SampleDataset, num_workers: int, show_progress: bool) -> LengthTable:
+    total = len(dataset)
+    step = max(1, min(_CHUNK, total // max(4 * num_workers, 1)))
+    chunks = [range(start, min(start + step, total)) for start in range(0, total, step)]
+    loader: DataLoader = DataLoader(
+        _Chunks(dataset),
+        batch_size=None,  # an item is a whole chunk
+        sampler=chunks,
+        collate_fn=_identity,
+        num_workers=min(num_workers, len(chunks)),
+        generator=torch.Generator(),  # not torch's own: whether the lengths were cached must not change a run's numbers
+    )
+    sizes = np.empty((total, len(_COLUMNS)), dtype=np.int32)
+    with tqdm(total=total, desc="measuring lengths", unit=" samples", disable=not show_progress) as bar:
+        for chunk, measured in zip(chunks, loader):
+            if isinstance(measured, DataError):
+                raise measured
+            sizes[chunk.start : chunk.stop] = measured
+            bar.update(len(chunk))
+    tokens, patches, images, scaled = np.ascontiguousarray(sizes.T)
+    return LengthTable(tokens, patches, images, scaled.astype(np.bool_))
+
+
+def _identity(chunk: Any) -> Any:
+    return chunk

@@ -1,0 +1,107 @@
+"""Samples that exceed a limit, told before training: refused, left out and counted, or with smaller images.
+
+Nothing is cut: a cut answer teaches the model to stop in the middle. What is left out is said, with names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_vlm.data.lengths import LengthTable
+from lightning_vlm.processing.sizes import SampleLimit
+from lightning_vlm.schema import DataError
+
+if TYPE_CHECKING:
+    from lightning_vlm.data.dataset import OverlongPolicy, SampleDataset
+
+_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OverlongReport:
+    """What a policy made of the overlong samples.
+
+    Attributes:
+        kept: Indices to train on, ascending.
+        dropped: Indices that are left out, ascending.
+        num_scaled: Samples whose images were made smaller to fit.
+        message: One sentence for the user; empty when there is nothing to say.
+    """
+
+    kept: np.ndarray
+    dropped: np.ndarray
+    num_scaled: int = 0
+    message: str = ""
+
+
+def find_overlong(table: LengthTable, limit: SampleLimit) -> np.ndarray:
+    """Indices of the samples that exceed a limit, ascending, int64."""
+    exceeds = table.tokens > limit.tokens
+    if limit.patches is not None:
+        exceeds = exceeds | (table.patches > limit.patches)
+    return np.flatnonzero(exceeds)
+
+
+def report_overlong(
+    dataset: SampleDataset, table: LengthTable, limit: SampleLimit, policy: OverlongPolicy
+) -> OverlongReport:
+    """Applies a policy to the samples that exceed a limit.
+
+    Args:
+        dataset: The samples; only their places are asked for.
+        table: Their lengths. For ``downscale_images``, measured with that policy and this limit.
+        limit: The most that a sample may be.
+        policy: ``error`` refuses, ``drop`` leaves out, ``downscale_images`` refuses what does not fit even so.
+
+    Returns:
+        The samples to train on, and what to tell the user.
+
+    Raises:
+        DataError: If the policy refuses, or would drop every sample; in one sentence, with the first few names.
+        ValueError: If the policy is unknown.
+    """
+    if policy not in ("error", "drop", "downscale_images"):
+        raise ValueError(f"overlong={policy!r} is unknown; expected 'error', 'drop' or 'downscale_images'")
+    overlong, total = find_overlong(table, limit), len(table)
+    everything = np.arange(total)
+    num_scaled = int(table.scaled.sum()) if policy == "downscale_images" else 0
+    if not len(overlong):
+        scaled = f"the images of {_share(num_scaled, total)} were made smaller to fit {limit}" if num_scaled else ""
+        return OverlongReport(everything, overlong, num_scaled, scaled)
+    found = f"{_share(len(overlong), total)} exceed{'s' if len(overlong) == 1 else ''} {limit}"
+    names = _names(dataset, table, overlong, limit)
+    if policy == "drop" and len(overlong) < total:
+        kept = np.setdiff1d(everything, overlong, assume_unique=True)
+        return OverlongReport(kept, overlong, 0, f"{found} and will not be trained on: {names}")
+    if policy == "downscale_images":
+        found, fix = f"{found} even with the smallest images", "raise the limit, or drop these samples"
+    elif policy == "drop":
+        fix = "raise the limit"
+    elif table.images[overlong].any():
+        fix = "raise the limit, drop these samples (overlong: drop) or downscale_images (overlong: downscale_images)"
+    else:
+        fix = "raise the limit, or drop these samples (overlong: drop)"
+    raise DataError("data.overlong", f"{found}: {names}", fix)
+
+
+def _share(count: int, total: int) -> str:
+    percent = 100 * count / total
+    return f"{count:,} of {total:,} samples ({f'{percent:.1f}' if percent >= 0.1 else 'less than 0.1'} %)"
+
+
+def _names(dataset: SampleDataset, table: LengthTable, overlong: np.ndarray, limit: SampleLimit) -> str:
+    def size(index: int) -> str:
+        return f"{table.tokens[index]:,} tokens, {table.patches[index]:,} patches"
+
+    named = [f"{dataset.place(int(index))} ({size(index)})" for index in overlong[:_NAMED]]
+    more = f" and {len(overlong) - _NAMED:,} more" if len(overlong) > _NAMED else ""
+    # The longest in the unit that is exceeded most.
+    excess = table.tokens[overlong] / limit.tokens
+    if limit.patches is not None:
+        excess = np.maximum(excess, table.patches[overlong] / limit.patches)
+    longest = int(overlong[int(excess.argmax())])
+    last = f", the longest being {dataset.place(longest)} ({size(longest)})" if len(overlong) > 1 else ""
+    return f"{', '.join(named)}{more}{last}"

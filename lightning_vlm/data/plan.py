@@ -1,0 +1,143 @@
+"""What training will do with a dataset, settled before its first batch: lengths, overlong samples, batches.
+
+Lengths are measured only where a choice needs them (packing, a sampler by length, a policy other than ``error``),
+because that takes one reading of all rows and image headers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lightning_vlm.data.batching import (
+    Batcher,
+    FixedBatches,
+    LengthGroupedBatches,
+    PackedBatches,
+    SubsetBatches,
+    TokenBudgetBatches,
+)
+from lightning_vlm.data.dataset import OverlongPolicy, SampleDataset
+from lightning_vlm.data.lengths import LengthTable, measure_lengths
+from lightning_vlm.data.overlong import OverlongReport, report_overlong
+from lightning_vlm.data.packing import PackBudget
+from lightning_vlm.processing.sizes import SampleLimit
+
+SamplerName = Literal["shuffle", "sequential", "length_grouped", "token_budget"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOptions:
+    """How samples are to be batched; see `VLMDataModule` for the meaning of each."""
+
+    sampler: SamplerName = "shuffle"
+    packing: bool = False
+    batch_size: int = 8
+    max_tokens: int | None = None
+    batch_tokens: int | None = None
+    batch_patches: int | None = None
+    overlong: OverlongPolicy = "error"
+    seed: int = 0
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether batches are filled to a budget."""
+        return self.packing or self.sampler == "token_budget"
+
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether the batches, or the policy for overlong samples, follow from lengths."""
+        judged = self.overlong != "error" and self.sample_limit is not None
+        return self.has_budget or self.sampler == "length_grouped" or judged
+
+    @property
+    def sample_limit(self) -> SampleLimit | None:
+        """The most that one sample may be; ``None`` where the user set no number."""
+        budgets = (self.batch_tokens, self.batch_patches) if self.has_budget else (None, None)
+        tokens = [number for number in (self.max_tokens, budgets[0]) if number is not None]
+        if not tokens and budgets[1] is None:
+            return None
+        return SampleLimit(min(tokens, default=2**31 - 1), budgets[1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DataPlan:
+    """A dataset and how its epochs are cut into batches.
+
+    Attributes:
+        dataset: The samples; each is checked against its length where that is known.
+        batcher: Makes the batches.
+        lengths: Of all samples, or ``None`` where nothing needs them.
+        overlong: What became of samples over the limit; ``None`` where lengths are not known.
+        budget: What a batch may hold; ``None`` without one.
+    """
+
+    dataset: SampleDataset
+    batcher: Batcher
+    lengths: LengthTable | None = None
+    overlong: OverlongReport | None = None
+    budget: PackBudget | None = None
+
+
+def plan_data(
+    dataset: SampleDataset,
+    options: BatchOptions,
+    num_workers: int = 0,
+    cache_dir: str | Path | None = None,
+    show_progress: bool = True,
+) -> DataPlan:
+    """Settles how a dataset is batched.
+
+    Args:
+        dataset: The samples, made with the options' ``sample_limit`` and ``overlong``.
+        options: The user's choices.
+        num_workers: Processes that measure lengths.
+        cache_dir: Where measured lengths are kept, see `measure_lengths`.
+        show_progress: Show a progress bar while measuring.
+
+    Raises:
+        DataError: If a row or an image is not acceptable, or a sample is too long under the policy ``error``.
+    """
+    total, shuffle = len(dataset), options.sampler != "sequential"
+    if not options.needs_lengths:
+        return DataPlan(dataset, FixedBatches(total, options.batch_size, shuffle, options.seed))
+    lengths = measure_lengths(dataset, num_workers, cache_dir, show_progress)
+    dataset = dataset.with_lengths(lengths)
+    overlong = OverlongReport(np.arange(total), np.arange(0))
+    if (limit := options.sample_limit) is not None:
+        overlong = report_overlong(dataset, lengths, limit, options.overlong)
+    tokens = lengths.tokens[overlong.kept].astype(np.int64)
+    patches = lengths.patches[overlong.kept].astype(np.int64)
+    budget = _budget(tokens, options) if options.has_budget else None
+    batcher = _batcher(tokens, patches, budget, options)
+    if len(overlong.dropped):
+        batcher = SubsetBatches(batcher, overlong.kept)
+    return DataPlan(dataset, batcher, lengths, overlong, budget)
+
+
+def in_file_order(options: BatchOptions) -> BatchOptions:
+    """The same options without any shuffling, for evaluation and for overfitting on the first batches."""
+    return replace(options, sampler="sequential")
+
+
+def _budget(tokens: np.ndarray, options: BatchOptions) -> PackBudget:
+    """The user's budget; by default as many tokens as ``batch_size`` samples have on average."""
+    if options.batch_tokens is not None:
+        return PackBudget(options.batch_tokens, options.batch_patches)
+    average = math.ceil(options.batch_size * float(tokens.mean()))
+    return PackBudget(max(average, int(tokens.max())), options.batch_patches)
+
+
+def _batcher(tokens: np.ndarray, patches: np.ndarray, budget: PackBudget | None, options: BatchOptions) -> Batcher:
+    shuffle, seed = options.sampler != "sequential", options.seed
+    if options.packing and budget is not None:
+        return PackedBatches(tokens, patches, budget, shuffle, seed)
+    if options.sampler == "token_budget" and budget is not None:
+        return TokenBudgetBatches(tokens, patches, budget, seed)
+    if options.sampler == "length_grouped":
+        return LengthGroupedBatches(tokens, options.batch_size, seed)
+    return FixedBatches(len(tokens), options.batch_size, shuffle, seed)

@@ -1,0 +1,61 @@
+"""How large a sample is, and how large it may be: numbers alone, so that a plan is made before anything is decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSize:
+    """The size of the Sample that a row becomes.
+
+    Attributes:
+        tokens: Length of ``input_ids``.
+        patches: Rows of ``pixel_values``.
+        images: Number of images; in static mode one image has several tiles.
+        scaled: Whether images were made smaller to fit a limit.
+    """
+
+    tokens: int
+    patches: int
+    images: int
+    scaled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLimit:
+    """The most that one sample may be.
+
+    Attributes:
+        tokens: Most tokens.
+        patches: Most vision patches; unbounded when ``None``.
+
+    Raises:
+        ValueError: If a number is less than 1.
+    """
+
+    tokens: int
+    patches: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("tokens", self.tokens), ("patches", self.patches)):
+            if value is not None and value < 1:
+                raise ValueError(f"the limit of a sample is {value} {name}; expected at least 1")
+
+    def __str__(self) -> str:
+        patches = "" if self.patches is None else f" and {self.patches:,} vision patches"
+        return f"{self.tokens:,} tokens{patches}"
+
+    def holds(self, tokens: int, patches: int) -> bool:
+        """Whether a sample of this size is within the limit."""
+        return tokens <= self.tokens and (self.patches is None or patches <= self.patches)
+
+    def image_patches(self, other_tokens: int, merge_size: int) -> int:
+        """Patches that are left for all images of a sample.
+
+        Args:
+            other_tokens: Tokens of the sample that are no image placeholders; may leave nothing or less.
+            merge_size: See `ImageGeometry`.
+        """
+        by_tokens = (self.tokens - other_tokens) * merge_size**2
+        return by_tokens if self.patches is None else min(by_tokens, self.patches)

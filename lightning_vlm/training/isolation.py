@@ -1,0 +1,137 @@
+"""Measures whether packed documents see each other, on real samples and the model as it is about to be trained.
+
+Two questions, both asked of the hidden states in front of the head. Does a document come out of a packed row as it
+comes out alone? Other shapes round differently, so up to a tolerance. And does anything in one document change when the
+other's text changes? Shapes are equal, so on a CPU not a bit may, which finds a leak however small; GPU kernels may sum
+over a chunk of several documents and subtract again, so there rounding is allowed for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_vlm.models.nemotron_vl import NemotronVL
+from lightning_vlm.ops.attention import ATTENTION, attention_choice
+from lightning_vlm.ops.mamba import mamba_choice
+from lightning_vlm.schema import Sample
+from lightning_vlm.segments import cu_seqlens_from_lengths
+
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference relative to the largest value. Rounding measured: 2e-6 in float32, 0 to 1e-2 in bfloat16. The leak
+of a packed row without boundaries: about 0.1."""
+
+
+class IsolationError(RuntimeError):
+    """Packed documents see each other, or an implementation that should keep them apart cannot run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """What was measured.
+
+    Attributes:
+        difference: Largest difference between a document packed and alone, relative to the largest value.
+        changed: Largest change of a document when another one's text changes, relative to the same.
+        tolerance: What ``difference`` may be in this precision.
+        change_tolerance: What ``changed`` may be on this device: 0 on a CPU.
+        ssd: Which implementation ran the Mamba layers.
+        attention: Which implementation ran the attention layers.
+    """
+
+    difference: float
+    changed: float
+    tolerance: float
+    change_tolerance: float
+    ssd: str
+    attention: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether documents are isolated."""
+        return self.difference <= self.tolerance and self.changed <= self.change_tolerance  # a NaN is neither
+
+    def __str__(self) -> str:
+        verdict = "OK" if self.holds else "LEAK"
+        text = f"packing isolation: max|d| = {self.difference:.1e} {verdict} (ssd={self.ssd}, attn={self.attention})"
+        return text if self.holds else f"{text}; another document's text changes this one by {self.changed:.1e}"
+
+
+@torch.no_grad()
+def measure_isolation(model: NemotronVL, samples: Sequence[Sample], device: torch.device) -> Isolation:
+    """Packs samples and compares.
+
+    Args:
+        model: The model, on ``device``; its mode is put back.
+        samples: At least two.
+        device: Where the model is.
+
+    Raises:
+        IsolationError: If an implementation fails to run.
+        ValueError: If there are fewer than two samples.
+    """
+    if len(samples) < 2:
+        raise ValueError(f"isolation is between documents: expected at least 2 samples, got {len(samples)}")
+    was_training, precision = model.training, _precision(model, device)
+    model.eval()
+    try:
+        ssd = mamba_choice(device)
+        alone = [_hidden(model, [sample], device) for sample in samples]
+        packed = _hidden(model, samples, device)
+        other = _hidden(model, [_altered(model, samples[0]), *samples[1:]], device)
+    except (RuntimeError, ImportError) as error:
+        raise IsolationError(
+            f"a packed row cannot run on {device}: {' '.join(str(error).split())}; lightning-vlm doctor tells which "
+            "implementations are installed, and LIGHTNING_VLM_SSD=torch selects the one that runs anywhere"
+        ) from error
+    finally:
+        model.train(was_training)
+    lengths = [len(sample) for sample in samples]
+    scale = max(max(float(states.abs().max()) for states in alone), torch.finfo(torch.float32).tiny)
+    difference = max(float((a - b).abs().max()) for a, b in zip(alone, packed.split(lengths)))
+    changed = float((packed - other)[lengths[0] :].abs().max())
+    chosen = model.config.text_config._attn_implementation
+    return Isolation(
+        difference / scale,
+        changed / scale,
+        TOLERANCE[precision],
+        0.0 if device.type == "cpu" else TOLERANCE[precision] / 10,
+        ssd.name,
+        attention_choice(device, precision).name if chosen == ATTENTION else chosen,
+    )
+
+
+def _hidden(model: NemotronVL, samples: Sequence[Sample], device: torch.device) -> Tensor:
+    """``(T, D)`` float32 states in front of the head: of a packed row, or of a single sample the ordinary way."""
+    patches = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    grids = [sample.image_grid_hw for sample in samples if sample.image_grid_hw is not None]
+    inputs = {"input_ids": torch.cat([sample.input_ids for sample in samples])[None]}
+    if len(samples) > 1:
+        inputs["cu_seqlens"] = cu_seqlens_from_lengths([len(sample) for sample in samples])
+    if patches:
+        inputs |= {"pixel_values": torch.cat(patches), "image_grid_hw": torch.cat(grids)}
+    states: list[Tensor] = []
+    norm = model.language_model.model.norm_f
+    hook = norm.register_forward_hook(lambda module, args, output: states.append(output[0].float()))
+    try:
+        model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    return states[0]
+
+
+def _altered(model: NemotronVL, sample: Sample) -> Sample:
+    """The same sample with other text; its images and their places stay."""
+    image, size = model.config.image_token_id, model.config.text_config.vocab_size
+    changed = (sample.input_ids + 1) % size
+    if image is not None:
+        changed = changed.where(changed != image, (changed + 1) % size).where(sample.input_ids != image, image)
+    return replace(sample, input_ids=changed)
+
+
+def _precision(model: NemotronVL, device: torch.device) -> torch.dtype:
+    """What the layers compute in."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
