@@ -29,6 +29,7 @@ data/digits/.written: $(VENV)/.installed
 demo-data: data/digits/.written  ## Write the digits demo data
 
 demo: data/digits/.written  ## Train on digits, evaluate on held-out scans, leave a run folder
+	$(BIN)/lightning-vlm plan --config $(CONFIG)
 	$(BIN)/lightning-vlm fit --config $(CONFIG)
 	$(BIN)/lightning-vlm test --config $(CONFIG) --ckpt_path $(RUN)/checkpoints/last.ckpt
 	@echo "Open $(RUN)/predictions_test.html"

@@ -159,21 +159,23 @@ def line(name: str, who: str, result: Mapping[str, float], most: float) -> str:
     )
 
 
+def print_table(samples: int, peer_python: str | Path | None, repeats: int = 3) -> None:
+    """Measures all distributions and prints them, line by line."""
+    ranks = "".join(f"{f'worst/{n}':>9} {'mean':>5}" for n in WORLD_SIZES)
+    print(f"{'':10} {'':5} {'plan s':>7} {'epoch s':>7} {'packs':>7} {'fill':>7} {'bound':>7} {'over':>6}{ranks}")
+    for name, rows in distributions(samples).items():
+        print(line(name, "ours", measure_ours(rows, repeats), bound(rows)), flush=True)
+        if peer_python and (peer := measure_peer(rows, peer_python, repeats)):
+            print(line(name, "peer", peer, bound(rows)), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-python", type=Path, help="interpreter that has nemo_automodel")
     arguments = parser.parse_args()
-
-    ranks = "".join(f"{f'worst/{n}':>9} {'mean':>5}" for n in WORLD_SIZES)
-    print(f"{'':10} {'':5} {'plan s':>7} {'epoch s':>7} {'packs':>7} {'fill':>7} {'bound':>7} {'over':>6}{ranks}")
-    for name, rows in distributions(arguments.samples).items():
-        print(line(name, "ours", measure_ours(rows, arguments.repeats), bound(rows)), flush=True)
-        if arguments.peer_python:
-            peer = measure_peer(rows, arguments.peer_python, arguments.repeats)
-            if peer is not None:
-                print(line(name, "peer", peer, bound(rows)), flush=True)
+    print_table(arguments.samples, arguments.peer_python, arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -222,7 +222,8 @@ def _quiet_other_libraries() -> None:
             return False
         said.append("mamba")
         record.msg, record.args = (
-            "Mamba layers run on transformers' PyTorch path (correct, slow): mamba-ssm or causal-conv1d is missing",
+            "generation runs Mamba layers on transformers' PyTorch path (correct, slow): mamba-ssm or causal-conv1d is "
+            "missing",
             (),
         )
         return True

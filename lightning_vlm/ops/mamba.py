@@ -28,7 +28,7 @@ def mamba_choice(device: torch.device) -> Choice:
     Raises:
         RuntimeError: If ``LIGHTNING_VLM_SSD`` names one that is unknown or cannot run here.
     """
-    missing = {name: _obstacle(name, device) for name in _PACKAGES}
+    missing = {name: obstacle(name, device) for name in _PACKAGES}
     if wanted := os.environ.get(VARIABLE):
         if wanted not in _PACKAGES:
             raise RuntimeError(f"{VARIABLE} is {wanted!r}; expected one of {', '.join(_PACKAGES)}")
@@ -95,8 +95,13 @@ def scan(
     return chunked_ssd(x, dt, A, B, C, D, documents.seq_idx)
 
 
-def _obstacle(name: str, device: torch.device) -> str:
-    """Why an implementation cannot run on a device; empty if it can."""
+def obstacle(name: str, device: torch.device) -> str:
+    """Why an implementation cannot run on a device; empty if it can.
+
+    Args:
+        name: ``torch``, ``mamba_ssm`` or ``fla``.
+        device: The device.
+    """
     if name == "torch":
         return ""
     if device.type != "cuda":
