@@ -5,7 +5,7 @@
 `naive_ssd` says exactly that, token by token. `chunked_ssd` is the block form of Dao and Gu, "Transformers are SSMs"
 (arXiv 2405.21060), section 6, in plain PyTorch: attention-like inside a chunk, a recurrence between chunks, and both
 cut at document boundaries, which may fall anywhere in a chunk. What another document holds is multiplied by an exact
-zero and never enters a sum, so it cannot change a bit of this one. The backward pass is written by hand: it keeps one
+zero, so no finite value in it can change a bit of this one. The backward pass is written by hand: it keeps one
 state per chunk and recomputes the quadratic part, which autograd would keep.
 """
 
@@ -129,25 +129,30 @@ class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, seq_idx, *states = ctx.saved_tensors
-        dx, ddt, dB, dC = (torch.empty(t.shape, dtype=torch.float32, device=x.device) for t in (x, dt, B, C))
-        dA = torch.zeros(A.shape, dtype=torch.float32, device=A.device)
-        dstate = torch.zeros_like(states[0][0]) if states else None
-        blocks = _blocks(len(x), x.shape[1], ctx.chunk_size)
-        for (start, stop), entering in zip(reversed(blocks), reversed(states)):
-            block = _load(x, dt, A, B, C, seq_idx, start, stop, ctx.chunk_size)
-            grads, dstate = _block_backward(block, _to_chunks(dy[start:stop], block.x), entering, dstate)
-            size = stop - start
-            da = _to_tokens(grads.da, size).flatten(1, 2)
-            dx[start:stop] = _to_tokens(grads.dx, size).flatten(1, 2)
-            ddt[start:stop] = torch.addcmul(_to_tokens(grads.ddt, size).flatten(1, 2), da, A.float())
-            dB[start:stop], dC[start:stop] = _to_tokens(grads.dB, size), _to_tokens(grads.dC, size)
-            dA += (da * dt[start:stop].float()).sum(0)
-        dD = (dy * x).sum((0, 2))
-        dx.addcmul_(D.float()[:, None], dy)
-        dtypes = (x.dtype, dt.dtype, A.dtype, B.dtype, C.dtype, D.dtype)
-        found = (dx, ddt, dA, dB, dC, dD)
-        return *(grad.to(dtype) for grad, dtype in zip(found, dtypes)), None, None
+        with torch.autocast(dy.device.type, enabled=False):  # backward() may be called inside autocast
+            return _backward(ctx, dy)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, dt, A, B, C, D, seq_idx, *states = ctx.saved_tensors
+    dx, ddt, dB, dC = (torch.empty(t.shape, dtype=torch.float32, device=x.device) for t in (x, dt, B, C))
+    dA = torch.zeros(A.shape, dtype=torch.float32, device=A.device)
+    dstate = torch.zeros_like(states[0][0]) if states else x.new_zeros(0)  # no tokens, no block
+    blocks = _blocks(len(x), x.shape[1], ctx.chunk_size)
+    for (start, stop), entering in zip(reversed(blocks), reversed(states)):
+        block = _load(x, dt, A, B, C, seq_idx, start, stop, ctx.chunk_size)
+        grads, dstate = _block_backward(block, _to_chunks(dy[start:stop], block.x), entering, dstate)
+        size = stop - start
+        da = _to_tokens(grads.da, size).flatten(1, 2)
+        dx[start:stop] = _to_tokens(grads.dx, size).flatten(1, 2)
+        ddt[start:stop] = torch.addcmul(_to_tokens(grads.ddt, size).flatten(1, 2), da, A.float())
+        dB[start:stop], dC[start:stop] = _to_tokens(grads.dB, size), _to_tokens(grads.dC, size)
+        dA += (da * dt[start:stop].float()).sum(0)
+    dD = (dy * x).sum((0, 2))
+    dx.addcmul_(D.float()[:, None], dy)
+    dtypes = (x.dtype, dt.dtype, A.dtype, B.dtype, C.dtype, D.dtype)
+    found = (dx, ddt, dA, dB, dC, dD)
+    return *(grad.to(dtype) for grad, dtype in zip(found, dtypes)), None, None
 
 
 class _BlockGrads(NamedTuple):
@@ -204,6 +209,7 @@ def _block_backward(block: _Chunks, dy: Tensor, entering: Tensor, dstate: Tensor
     dxdt += (weights.transpose(-1, -2) @ dy_heads).transpose(2, 3)
     dweights = dy_heads @ xdt.transpose(2, 3).transpose(-1, -2)  # (c, g, r, l, l)
     dinside = weights.mul_(dweights)
+    dinside.diagonal(dim1=-2, dim2=-1).zero_()  # cancels in the next line, but for its rounding
     dlog += (dinside.sum(-1) - dinside.sum(-2)).transpose(2, 3)
     dscores = dweights.mul_(decays.inside).sum(2)
     dC += dscores @ block.B
