@@ -45,6 +45,7 @@ lint: $(VENV)/.installed  ## Style and types
 bench: $(VENV)/.installed  ## Measure the claims, each beside its peer
 	$(BIN)/python benchmarks/loss_head.py
 	$(BIN)/python benchmarks/image_path.py
+	$(BIN)/python benchmarks/packing.py
 
 clean:  ## Remove the environment, data and runs
 	rm -rf $(VENV) data runs

@@ -6,7 +6,6 @@ document; without boundaries it is transformers' SDPA. Either way memory grows w
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lightning_vlm.ops.choice import Choice
+from lightning_vlm.ops.choice import Choice, is_installed
 from lightning_vlm.segments import Documents, document_mask
 
 ATTENTION = "document_attention"
@@ -104,7 +103,7 @@ def attention_choice(device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice("sdpa", f"per document: no varlen kernel for {device.type}")
     if dtype not in (torch.float16, torch.bfloat16):
         return Choice("sdpa", f"per document: the varlen kernel takes float16 or bfloat16, not {dtype}")
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+    if not is_installed("torch.nn.attention.varlen"):
         return Choice("sdpa", f"per document: torch {torch.__version__} has no torch.nn.attention.varlen")
     if torch.cuda.get_device_capability(device) < (8, 0):
         return Choice("sdpa", "per document: the varlen kernel needs an Ampere GPU or newer")

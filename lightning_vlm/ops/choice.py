@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import dataclass
 
 
@@ -16,3 +18,9 @@ class Choice:
 
     name: str
     reason: str
+
+
+@functools.cache
+def is_installed(package: str) -> bool:
+    """Whether a package or module can be imported; looked up once, because layers ask in every forward."""
+    return importlib.util.find_spec(package) is not None

@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import torch
 from torch import Tensor
 
 from lightning_vlm.ops.causal_conv import causal_conv
-from lightning_vlm.ops.choice import Choice
+from lightning_vlm.ops.choice import Choice, is_installed
 from lightning_vlm.ops.ssd import chunked_ssd
 from lightning_vlm.segments import Documents
 
@@ -106,5 +105,5 @@ def obstacle(name: str, device: torch.device) -> str:
         return ""
     if device.type != "cuda":
         return f"runs on NVIDIA GPUs only, this is {device.type}"
-    absent = [package for package in _PACKAGES[name] if importlib.util.find_spec(package) is None]
+    absent = [package for package in _PACKAGES[name] if not is_installed(package)]
     return f"{' and '.join(absent)} not installed" if absent else ""
