@@ -8,17 +8,18 @@ The whole way of a sample, and where to look for each thing on it:
     Sample           processing/processor.py text, labels and uint8 patches of one conversation
     exact lengths    data/lengths.py         tokens and patches of every sample before training; data/overlong.py
     batches, packs   data/batching.py        fixed, by length, by budget, packed (data/packing.py); data/plan.py chooses
-    order, resume    data/samplers.py        which rank takes which batch; data/loader.py continues exactly, on any ranks
+    order, resume    data/samplers.py        which rank takes which batch; data/loader.py continues exactly
     VLMBatch         data/collate.py         padded rows, or one packed row with cu_seqlens (schema.py)
     boundaries       segments.py             the one place that knows where a document of a packed row ends
     model            models/nemotron_vl.py   RADIO -> pixel shuffle -> projector -> fusion -> hybrid LM
-    packed layers    ops/ssd.py              the Mamba scan with resets; ops/causal_conv.py, attention.py; mamba.py chooses
+    packed layers    ops/ssd.py              the Mamba scan with resets; ops/causal_conv.py, attention.py, mamba.py
     loss             training/losses.py      sum of token losses, divided by the label tokens of the whole step
     step, scores     module.py               NemotronVLModule; training/optim.py, freezing.py, metrics.py
     nothing lost     data/ledger.py          every planned sample accounted for; training/isolation.py proves packing
     command line     cli.py                  lightning-vlm fit | validate | test | predict | plan | doctor
 
-Each file opens by saying what it is. Rooms import only from lower steps; tests/test_house.py holds them to it.
+Names of NeMo AutoModel, for those who migrate, are in automodel/. Each file opens by saying what it is. Rooms import
+only from lower steps; tests/test_house.py holds them to it.
 """
 
 from __future__ import annotations

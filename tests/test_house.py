@@ -22,14 +22,14 @@ STEPS = {
     **dict.fromkeys(("media", "ops"), 1),
     **dict.fromkeys(("processing", "models"), 2),
     **dict.fromkeys(("data", "training", "strategies", "checkpoint"), 3),
-    "datamodule": 4,
+    **dict.fromkeys(("datamodule", "automodel"), 4),
     "callbacks": 5,
     "module": 6,
     "commands": 7,
     "cli": 8,
 }
 # The data half (rows to batches) and the model half (network to step) meet on step 0 only...
-HALVES = [({"media", "processing", "data"}, {"models", "training"})]
+HALVES = [({"media", "processing", "data", "automodel"}, {"models", "training"})]
 # ...except where a room's purpose is to join them, or is told not to need the other at import time.
 JOINTS = {
     ("processing/image_processor.py", "ops"),  # one normalisation formula for tower and processor
