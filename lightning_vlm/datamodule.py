@@ -128,12 +128,13 @@ class VLMDataModule(L.LightningDataModule):
         """The processor, loaded at first use.
 
         Raises:
-            ValueError: If none was named.
-            DataError: If it cannot be loaded.
+            DataError: If none was named, or it cannot be loaded.
         """
         if self._processor is None:
-            raise ValueError(
-                "VLMDataModule has no processor; name one: processor='folder', or pass a NemotronVLProcessor"
+            raise DataError(
+                "data.processor",
+                "VLMDataModule has no processor",
+                "name one: processor='folder', or pass a NemotronVLProcessor",
             )
         if not isinstance(self._processor, NemotronVLProcessor):
             name = pretrained_source(self._processor, "data.processor (by default model.model_id)")
@@ -149,7 +150,7 @@ class VLMDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Measures lengths once per machine where training needs them; `setup` reads them in every process."""
-        if self._is_fitting():
+        if self._is_fitting() and self.files["train"] and self._batch_options("train").needs_lengths:
             self._open("train")
             self._data_plan("train")
 
@@ -292,7 +293,7 @@ class VLMDataModule(L.LightningDataModule):
                 self.cache_dir,
                 show_progress=self.trainer is None or self.trainer.is_global_zero,
             )
-            if plan.overlong is not None and plan.overlong.message:
+            if shuffled and plan.overlong is not None and plan.overlong.message:
                 rank_zero_info(f"{split}: {plan.overlong.message}")
             self._plans[key] = plan
         return self._plans[key]

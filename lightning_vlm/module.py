@@ -34,7 +34,7 @@ from lightning_vlm.training.generation import generate_answers
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
 from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens
 from lightning_vlm.training.optim import parameter_groups, warmup_cosine
-from lightning_vlm.training.resume import move_progress, rewind_to_last_step
+from lightning_vlm.training.resume import move_progress, reopen_epoch, rewind_to_last_step
 
 
 class NemotronVLModule(L.LightningModule):
@@ -188,10 +188,13 @@ class NemotronVLModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes the checkpoint stand between two optimizer steps, wherever the run was stopped."""
-        if self._datamodule is not None and (
-            taken_back := rewind_to_last_step(checkpoint, type(self._datamodule).__qualname__, self._applied)
-        ):
+        if self._datamodule is None:
+            return
+        key = type(self._datamodule).__qualname__
+        if taken_back := rewind_to_last_step(checkpoint, key, self._applied):
             rank_zero_info(f"stopped inside an optimizer step: {taken_back} batch(es) will be repeated on resume")
+        if self.trainer.should_stop or 0 <= self.trainer.max_steps <= self.trainer.global_step:
+            reopen_epoch(checkpoint, key, int(self.trainer.num_training_batches))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continues the count of batches in the weights: all that the data's position has passed.
@@ -201,13 +204,18 @@ class NemotronVLModule(L.LightningModule):
         if self._datamodule is None or not (state := checkpoint.get(type(self._datamodule).__qualname__)):
             return
         self._applied = (state["epoch"], state["yielded"])
-        position = self._datamodule.resumed_position(state)
-        if position is not None and position.epoch == state["epoch"] and position.yielded != state["yielded"]:
+        if (position := self._datamodule.resumed_position(state)) is None:
+            return
+        ended = position.epoch > state["epoch"]
+        done = len(self._datamodule.train_plan()) if ended else position.yielded
+        if done == state["yielded"]:
+            return
+        if not ended:
             rank_zero_info(
                 f"the epoch was stopped on {state['world_size']} rank(s); its remaining samples are dealt out anew"
             )
-            self._applied = (position.epoch, position.yielded)
-            move_progress(checkpoint, position.yielded)
+            self._applied = (position.epoch, done)
+        move_progress(checkpoint, done, self.trainer.accumulate_grad_batches, ended)
 
     def validation_step(self, batch: VLMBatch, batch_idx: int) -> dict[str, Any]:
         """Loss and, if wanted, generated answers; see `_evaluate`."""

@@ -18,7 +18,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_vlm import NemotronVLConfig
 from lightning_vlm.cli import VLMCLI, main, suggest
+from lightning_vlm.models import packed_mamba
 from lightning_vlm.processing.tiny import tiny_processor
+from lightning_vlm.segments import documents_from_lengths
 
 
 @pytest.fixture
@@ -281,3 +283,171 @@ def test_wandb_absent(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert exit_code(*arguments) == 0
     assert not Path("run/wandb").exists()
     assert os.path.exists("run/predictions_val.html")
+
+
+# Packing
+
+
+def test_fit_with_packing(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """From the plan to the test of the trained model, resumed in between."""
+    packing = ["--data.packing", "true", "--data.batch_tokens", "140"]
+    assert exit_code("plan", "--config", str(config), *packing) == 0
+    planned = capfd.readouterr().out
+    assert exit_code("fit", "--config", str(config), *packing, "--trainer.max_epochs", "1") == 0
+    assert exit_code("fit", "--config", str(config), *packing, "--ckpt_path", "last") == 0
+    rows = [row for version in range(2) for row in logged(f"run/metrics/version_{version}/metrics.csv")]
+    steps = [int(row["step"]) for row in rows if row["train/loss"]]
+    packs = int(planned.partition("packs     ")[2].split()[0])
+    assert steps == list(range(2 * packs))
+    for name, value in {"planned": 6, "seen": 6, "skipped": 0, "dropped": 0}.items():
+        assert [float(row[f"data/samples_{name}"]) for row in rows if row[f"data/samples_{name}"]] == [value] * 2
+    assert [float(row["data/padding_frac"]) for row in rows if row["data/padding_frac"]] == [0, 0]
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())["data"]
+    assert (saved["packing"], saved["batch_tokens"]) == (True, 140)
+    assert exit_code("test", "--config", str(config), "--ckpt_path", "run/checkpoints/last.ckpt") == 0
+
+
+def test_a_packed_fit_says_what_it_found(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    assert exit_code("fit", "--config", str(config), "--data.packing", "true", "--trainer.max_steps", "1") == 0
+    headline, isolation = [message for message in caplog.messages if message.startswith("packing")]
+    assert headline.startswith("packing: 6 samples, ")
+    assert isolation.startswith("packing isolation: max|d| = ")
+    assert isolation.endswith(" OK (ssd=torch, attn=sdpa)")
+
+
+def test_a_leak_ends_in_one_sentence_and_exit_code_1(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = packed_mamba.scan
+
+    def leaks(*args: Any) -> Any:
+        *tensors, documents, choice = args
+        return sound(*tensors, documents_from_lengths([sum(documents.lengths)]), choice)
+
+    monkeypatch.setattr(packed_mamba, "scan", leaks)
+    assert exit_code("fit", "--config", str(config), "--data.packing", "true") == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    last = error.splitlines()[-1]
+    assert last.startswith("error: packing isolation: max|d| = ")
+    assert last.endswith("; documents of a pack would be trained on each other")
+    assert not Path("run/checkpoints").exists()
+
+
+def test_an_implementation_that_cannot_run_is_named(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_VLM_SSD", "mamba_ssm")
+    assert exit_code("fit", "--config", str(config), "--data.packing", "true") == 1
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith(
+            "error: a packed row cannot run on cpu: LIGHTNING_VLM_SSD=mamba_ssm cannot run: runs on NVIDIA GPUs only"
+        )
+    )
+
+
+# plan and doctor
+
+
+def plan(config: Path, *arguments: str) -> int:
+    """``plan`` as for a machine that this is not, with a logger that nobody may start."""
+    machine = ["--trainer.accelerator", "gpu", "--trainer.devices", "8", "--trainer.logger", json.dumps(WANDB)]
+    return exit_code("plan", "--config", str(config), "--data.packing", "true", *machine, *arguments)
+
+
+def test_plan_tells_an_epoch_and_writes_a_picture_alone(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(Path().rglob("*"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", ".")
+    # No model: the processor's folder is all that is needed.
+    arguments = ["--model.model_id", "null", "--data.processor", "model"]
+    assert plan(config, "--data.batch_tokens", "140", *arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = {line.split()[0] for line in lines if line}
+    assert {"samples", "tokens", "images", "packs", "fill", "computed", "steps", "balance", "source"} <= names
+    assert "samples   6" in lines
+    assert next(line for line in lines if line.startswith("packs")).endswith(" of at most 140 tokens")
+    assert "steps     1 micro-batches per epoch on each of 8 rank(s)" in lines
+    assert sum(line.startswith("train.jsonl  ") for line in lines) == 1
+    assert any("train.jsonl:" in line for line in lines[lines.index(next(x for x in lines if "largest" in x)) :])
+    assert lines[-1] == "histogram: run/plan.png"
+    assert os.environ.pop("WANDB_MODE", None) is None, "W&B is none of its business"
+    assert set(Path().rglob("*")) - before == {Path("run"), Path("run/plan.png")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks", "written"),
+    [
+        (["--trainer.num_nodes", "2"], 16, "run/plan.png"),
+        (["--ranks", "3"], 3, "run/plan.png"),
+        (["--trainer.devices", "auto"], 1, "run/plan.png"),
+        (["--picture", ""], 8, None),
+        (["--picture", "other/name.png"], 8, "run/other/name.png"),
+    ],
+    ids=str,
+)
+def test_plan_of_ranks_and_pictures(
+    config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], ranks: int, written: str | None
+) -> None:
+    assert plan(config, *arguments) == 0
+    assert f" micro-batches per epoch on each of {ranks} rank(s)\n" in capsys.readouterr().out
+    assert [str(path) for path in Path("run").rglob("*.png")] == ([] if written is None else [written])
+    assert Path("run").exists() == (written is not None)
+
+
+def test_plan_of_padded_batches_and_accumulated_steps(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data.packing", "false", "--trainer.accumulate_grad_batches", "2", "--picture", ""]
+    assert exit_code("plan", "--config", str(config), *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "batches   3 of a fixed number of samples\n" in printed
+    assert printed.endswith("\n2 optimizer steps per epoch\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--data.batch_tokens", "50"],
+            "error: data.overlong: 4 of 6 samples (66.7 %) exceed 50 tokens: train.jsonl:2 ",
+        ),
+        (["--data.train", "absent.jsonl"], "error: absent.jsonl: the file does not exist; "),
+        (["--data.train", "null"], "error: data.train: there are no train files, expected at least one; "),
+        (["--data.media_root", "model"], "error: train.jsonl:2: image 'train.jsonl-1-0.png' does not exist under the "),
+        (["--model.model_id", "null"], "error: data.processor: VLMDataModule has no processor; name one: "),
+        (["--data.processor", "absent"], "error: data.processor (by default model.model_id): 'absent' is not a folder"),
+    ],
+    ids=str,
+)
+def test_plan_of_wrong_data_ends_in_one_sentence_and_exit_code_1(
+    config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert plan(config, *arguments) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith(message)
+    assert not Path("run").exists()
+
+
+def test_plan_of_wrong_settings_ends_with_exit_code_2(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(config, "--data.sampler", "token_budget") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: packing=True fills rows by itself; ")
+    assert plan(config, "--rank", "2") == 2
+    assert "Did you mean 'ranks'?" in capsys.readouterr().err
+
+
+def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("doctor") == 0
+    printed = capsys.readouterr().out
+    assert "  ssd       torch     mamba_ssm: runs on NVIDIA GPUs only, this is cpu; fla: runs on NVIDIA GPUs" in printed
+    assert "  attention sdpa      float32: per document: no varlen kernel for cpu\n" in printed
+    assert printed.count(" OK (ssd=torch, attn=sdpa)\n") >= 2
+    monkeypatch.setenv("LIGHTNING_VLM_SSD", "fla")
+    assert exit_code("doctor") == 1
+    assert "  ssd       ERROR     LIGHTNING_VLM_SSD=fla cannot run: " in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

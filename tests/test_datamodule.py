@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import pickle
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +17,7 @@ import torch
 
 from lightning_vlm import NemotronVLConfig, NemotronVLModule, NemotronVLProcessor, VLMDataModule
 from lightning_vlm.data.samplers import Position
-from lightning_vlm.schema import DataError
+from lightning_vlm.schema import DataError, VLMBatch
 
 BOT = {"role": "assistant", "content": "ho"}
 
@@ -232,3 +235,291 @@ def test_testing_a_checkpoint_does_not_move_the_training_position(
     trainer(max_epochs=1).fit(NemotronVLModule(config=config), datamodule=data)
     assert len(seen.rows) == len(set(seen.rows)) == 6, "a fresh fit sees every row"
     assert len(list(data.train_dataloader())) == 3, "after a fit the datamodule stands alone again"
+
+
+# Packing and samplers by length
+
+
+def epoch_of(data: VLMDataModule) -> list[VLMBatch]:
+    data.setup("fit")
+    return list(data.train_dataloader())
+
+
+def patches_of(batch: VLMBatch) -> int:
+    return 0 if batch.pixel_values is None else len(batch.pixel_values)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_packing_alone_is_enough(make_task: Callable[..., Path], processor: NemotronVLProcessor, workers: int) -> None:
+    """Packed rows of whole samples, in order and with their images: each equals its samples encoded one by one."""
+    files = [make_task(9, "a.jsonl"), make_task(7, "b.jsonl")]
+    data = VLMDataModule(
+        train=[str(file) for file in files], processor=processor, batch_size=3, packing=True, num_workers=workers
+    )
+    data.setup("fit")
+    loader = data.train_dataloader()
+    dataset = data._data_plan("train").dataset
+    orders = []
+    for _ in range(2):
+        batches = list(loader)
+        assert len(batches) == len(loader) == len(data.train_plan())
+        for batch in batches:
+            samples = [dataset[index] for index in batch.indices.tolist()]  # type: ignore[union-attr]
+            assert batch.attention_mask is None
+            assert batch.cu_seqlens is not None
+            assert batch.cu_seqlens.dtype == torch.int32
+            assert [b - a for a, b in pairwise(batch.cu_seqlens.tolist())] == [len(sample) for sample in samples]
+            assert torch.equal(batch.input_ids[0], torch.cat([sample.input_ids for sample in samples]))
+            assert torch.equal(batch.labels[0], torch.cat([sample.labels for sample in samples]))
+            assert batch.sources == [sample.source for sample in samples]
+            pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+            assert patches_of(batch) == sum(map(len, pixels))
+            assert not pixels or torch.equal(batch.pixel_values, torch.cat(pixels))  # type: ignore[arg-type]
+            assert batch.step_label_tokens == batch.num_label_tokens == sum(s.num_label_tokens for s in samples)
+        orders.append([source for batch in batches for source in batch.sources])
+        loader.set_epoch(1)
+    for order in orders:
+        assert sorted(order) == sorted(f"{file}:{n}" for file, rows in zip(files, (9, 7)) for n in range(1, rows + 1))
+    assert orders[0] != orders[1], "each epoch has its own order"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"packing": True, "batch_tokens": 200},
+        {"packing": True, "batch_tokens": 400, "batch_patches": 24},
+        {"packing": True, "batch_patches": 32},
+        {"packing": True, "sampler": "sequential", "batch_tokens": 140},
+        {"sampler": "token_budget", "batch_tokens": 200},
+        {"sampler": "token_budget", "batch_tokens": 400, "batch_patches": 24},
+        {"sampler": "token_budget", "batch_size": 5},
+        {"packing": True, "batch_size": 5},
+        {"packing": True, "batch_size": 1},
+    ],
+    ids=str,
+)
+def test_real_batches_keep_both_budgets(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor, options: dict[str, Any]
+) -> None:
+    data = VLMDataModule(train=str(make_task(20)), processor=processor, **options)
+    batches = epoch_of(data)
+    lengths = [n for batch in batches for n in lengths_of(batch)]
+    budget = options.get("batch_tokens") or max(math.ceil(data.batch_size * sum(lengths) / 20), max(lengths))
+    assert max(batch.input_ids.numel() for batch in batches) <= budget
+    assert max(map(patches_of, batches)) <= options.get("batch_patches", 10**9)
+    assert sorted(int(source.rpartition(":")[2]) for batch in batches for source in batch.sources) == list(range(1, 21))
+    if options.get("batch_size") == 1:
+        assert budget == max(lengths)
+    # Not by being timid: whatever two batches have in common would not fit into one.
+    sizes = sorted((sum(lengths_of(batch)), patches_of(batch)) for batch in batches)[:2]
+    assert options.get("sampler") == "token_budget" or (
+        sizes[0][0] + sizes[1][0] > budget or sizes[0][1] + sizes[1][1] > options.get("batch_patches", 10**9)
+    )
+
+
+def lengths_of(batch: VLMBatch) -> list[int]:
+    if batch.cu_seqlens is not None:
+        return [b - a for a, b in pairwise(batch.cu_seqlens.tolist())]
+    assert batch.attention_mask is not None
+    return batch.attention_mask.sum(1).tolist()
+
+
+def test_packed_rows_hold_the_samplers_batches(make_task: Callable[..., Path], processor: NemotronVLProcessor) -> None:
+    file = str(make_task(11))
+    for sampler in ("shuffle", "sequential", "length_grouped", "token_budget"):
+        padded, packed = (
+            epoch_of(VLMDataModule(train=file, processor=processor, batch_size=3, sampler=sampler, collate=collate))
+            for collate in ("padded", "packed")
+        )
+        assert [batch.sources for batch in padded] == [batch.sources for batch in packed]
+        for left, right in zip(padded, packed):
+            assert right.cu_seqlens is not None
+            assert right.input_ids.shape == (1, left.num_tokens)
+            assert right.num_label_tokens == left.num_label_tokens
+            assert left.attention_mask is not None
+            assert torch.equal(left.input_ids[left.attention_mask.bool()], right.input_ids[0])
+
+
+def test_length_grouped_batches_are_alike(make_task: Callable[..., Path], processor: NemotronVLProcessor) -> None:
+    file = str(make_task(24))  # 37..39, 65..69 or 93..99 tokens, eight rows each
+    spread = {}
+    for sampler in ("shuffle", "length_grouped"):
+        batches = epoch_of(VLMDataModule(train=file, processor=processor, batch_size=4, sampler=sampler))
+        assert [len(batch) for batch in batches] == [4] * 6
+        spread[sampler] = max(max(lengths_of(batch)) - min(lengths_of(batch)) for batch in batches)
+    assert spread["length_grouped"] <= 6
+    assert spread["shuffle"] > 50
+
+
+def test_evaluation_stays_padded_and_in_order(make_task: Callable[..., Path], processor: NemotronVLProcessor) -> None:
+    file = str(make_task(5))
+    data = VLMDataModule(train=file, val=file, test=file, predict=file, processor=processor, packing=True, batch_size=2)
+    data.setup(None)
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        batches = list(loader)
+        assert [len(batch) for batch in batches] == [2, 2, 1]
+        assert all(batch.cu_seqlens is None and batch.attention_mask is not None for batch in batches)
+        assert [source.rpartition(":")[2] for batch in batches for source in batch.sources] == list("12345")
+
+
+class TestOverlong:
+    """Rows 3, 6, 9 and 12 have two images and 93 to 99 tokens; the others at most 68."""
+
+    def make(self, make_task: Callable[..., Path], processor: NemotronVLProcessor, **options: Any) -> VLMDataModule:
+        return VLMDataModule(train=str(make_task(12)), processor=processor, batch_size=3, **options)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"packing": True, "max_tokens": 80}, {"packing": True, "batch_tokens": 80},
+         {"sampler": "token_budget", "batch_tokens": 80}],
+        ids=str,
+    )  # fmt: skip
+    def test_an_error_comes_at_setup_and_names_samples(
+        self, make_task: Callable[..., Path], processor: NemotronVLProcessor, options: dict[str, Any]
+    ) -> None:
+        data = self.make(make_task, processor, **options)
+        file = data.files["train"][0]
+        with pytest.raises(DataError) as caught:
+            data.setup("fit")
+        message = str(caught.value)
+        assert message.startswith("data.overlong: 4 of 12 samples (33.3 %) exceed 80 tokens: ")
+        assert all(f"{file}:{row} (" in message for row in (3, 6, 9, 12))
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"packing": True}, {"sampler": "shuffle"}, {"sampler": "length_grouped"}, {"collate": "packed"}],
+        ids=str,
+    )
+    def test_drop_is_reported_and_counted(
+        self,
+        make_task: Callable[..., Path],
+        processor: NemotronVLProcessor,
+        caplog: pytest.LogCaptureFixture,
+        options: dict[str, Any],
+    ) -> None:
+        caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
+        data = self.make(make_task, processor, max_tokens=80, overlong="drop", **options)
+        batches = epoch_of(data)
+        rows = sorted(int(source.rpartition(":")[2]) for batch in batches for source in batch.sources)
+        assert rows == [1, 2, 4, 5, 7, 8, 10, 11]
+        assert data.num_dropped == data.summary().dropped == 4
+        (message,) = [message for message in caplog.messages if "train:" in message]
+        assert message.startswith("train: 4 of 12 samples (33.3 %) exceed 80 tokens and will not be trained on: ")
+        assert f"{data.files['train'][0]}:12 (99 tokens, 24 patches)" in message
+
+    @pytest.mark.parametrize("options", [{"packing": True}, {"sampler": "token_budget"}, {}], ids=str)
+    def test_downscaled_samples_fit(
+        self,
+        make_task: Callable[..., Path],
+        processor: NemotronVLProcessor,
+        caplog: pytest.LogCaptureFixture,
+        options: dict[str, Any],
+    ) -> None:
+        caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
+        data = self.make(make_task, processor, max_tokens=96, overlong="downscale_images", **options)
+        batches = epoch_of(data)
+        sizes = {source: n for batch in batches for source, n in zip(batch.sources, lengths_of(batch))}
+        assert len(sizes) == 12
+        assert max(sizes.values()) <= 96
+        assert data.num_dropped == 0
+        (message,) = [message for message in caplog.messages if "train:" in message]
+        assert message == "train: the images of 1 of 12 samples (8.3 %) were made smaller to fit 96 tokens"
+
+    def test_evaluation_is_judged_by_its_own_limit(
+        self, make_task: Callable[..., Path], processor: NemotronVLProcessor
+    ) -> None:
+        file = str(make_task(12))
+        data = VLMDataModule(train=file, val=file, processor=processor, packing=True, batch_tokens=80, overlong="drop")
+        data.setup("fit")
+        assert sum(len(batch) for batch in data.val_dataloader()) == 12, "a budget of packs is none of padded rows"
+        data = VLMDataModule(val=file, processor=processor, max_tokens=80, overlong="drop")
+        data.setup("validate")
+        assert sum(len(batch) for batch in data.val_dataloader()) == 8
+
+
+def test_a_second_start_reads_what_was_measured(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor, tmp_path: Path
+) -> None:
+    file = make_task(8)
+    options: dict[str, Any] = {"packing": True, "cache_dir": str(tmp_path / "cache"), "sampler": "sequential"}
+    first = VLMDataModule(train=str(file), processor=processor, **options)
+    first.setup("fit")
+    (table,) = (tmp_path / "cache").iterdir()
+    written = table.stat().st_mtime_ns
+    for image in tmp_path.glob("*.png"):
+        image.unlink()
+    second = VLMDataModule(train=str(file), processor=processor, **options)
+    second.setup("fit")
+    assert len(second.train_plan()) == len(first.train_plan())
+    assert table.stat().st_mtime_ns == written
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:\d+: image 'rows.jsonl-\d+-0.png' does not exist under the media r"
+    ):
+        next(iter(second.train_dataloader()))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_of_another_size_than_measured_names_its_sample(
+    make_task: Callable[..., Path],
+    write_image: Callable[..., str],
+    processor: NemotronVLProcessor,
+    tmp_path: Path,
+    workers: int,
+) -> None:
+    options: dict[str, Any] = {"packing": True, "cache_dir": str(tmp_path / "cache"), "num_workers": workers}
+    data = VLMDataModule(train=str(make_task(8)), processor=processor, **options)
+    data.setup("fit")
+    write_image("rows.jsonl-4-0.png", 64, 64)
+    with pytest.raises(DataError) as caught:
+        list(data.train_dataloader())
+    message = str(caught.value)
+    assert message.startswith(f"{data.files['train'][0]}:5: the sample has ")
+    assert "as it was measured (an image or the row has changed since); delete '" in message
+    path = Path(message.partition("delete '")[2].partition("'")[0])
+    path.unlink()  # as it says
+    again = VLMDataModule(train=data.files["train"], processor=processor, **options)
+    assert sum(len(batch) for batch in epoch_of(again)) == 8
+
+
+def test_lengths_are_measured_while_preparing_a_fit_only(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor, tmp_path: Path
+) -> None:
+    file = str(make_task(4))
+    measured = []
+
+    class Watches(VLMDataModule):
+        def setup(self, stage: str | None = None) -> None:
+            measured.append((stage, list((tmp_path / "cache").glob("*.npz"))))
+            super().setup(stage)
+
+    def trainer() -> L.Trainer:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        return L.Trainer(accelerator="cpu", enable_checkpointing=False, max_steps=1, **quiet)
+
+    config = NemotronVLConfig.tiny(pattern="M", hidden_size=32, vision_hidden_size=32, vision_layers=1)
+    module = NemotronVLModule(config=config, generate_on_validation=False)
+    data = Watches(train=file, val=file, processor=processor, packing=True, cache_dir=str(tmp_path / "cache"))
+    data.prepare_data()  # by hand, outside of a fit
+    trainer().validate(module, data, verbose=False)
+    trainer().fit(module, data)
+    assert [(stage, len(found)) for stage, found in measured] == [("validate", 0), ("fit", 1)]
+
+
+def test_an_edited_file_is_measured_again(write_rows: Callable[..., Path], processor: NemotronVLProcessor) -> None:
+    row = {"messages": [{"role": "user", "content": "short"}, BOT]}
+    longer = {"messages": [{"role": "user", "content": "a longer question" * 9}, BOT]}
+    data = VLMDataModule(train=str(write_rows([row, row])), processor=processor, batch_size=1, packing=True)
+    lengths = [sorted(n for batch in epoch_of(data) for n in lengths_of(batch))]
+    write_rows([longer, row, row])
+    lengths.append(sorted(n for batch in epoch_of(data) for n in lengths_of(batch)))
+    assert lengths[0] == lengths[1][:2]
+    assert lengths[1][2] > 150
+
+
+def test_packed_data_without_rows_to_train_on(write_rows: Callable[..., Path], processor: NemotronVLProcessor) -> None:
+    row = {"messages": [{"role": "user", "content": "short"}, BOT]}
+    data = VLMDataModule(train=str(write_rows([row])), processor=processor, packing=True, max_tokens=5, overlong="drop")
+    with pytest.raises(
+        DataError, match=r"1 of 1 samples \(100.0 %\) exceeds 5 tokens: .*rows.jsonl:1 .*; raise the lim"
+    ):
+        data.setup("fit")

@@ -100,6 +100,34 @@ def test_limited_epochs_divide_by_what_was_taken(
     assert len(recorded.steps) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [
+        ({}, {"packing": True, "batch_tokens": 2000}),
+        ({}, {"collate": "packed"}),
+        ({"gradient_checkpointing": True}, {"packing": True, "batch_tokens": 2000}),
+        # Packs and padded batches divide the samples of the step differently: the whole epoch is one step.
+        ({"accumulate_grad_batches": 2, "batch_size": 6}, {"packing": True, "batch_tokens": 420}),
+        ({"accumulate_grad_batches": 12, "batch_size": 1}, {"packing": True, "batch_tokens": 100}),
+    ],
+    ids=str,
+)
+def test_a_packed_step_equals_a_padded_step(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor, options: dict[str, Any], packed: dict[str, Any]
+) -> None:
+    file = make_task(12)
+    recorded = {}
+    for name, data in (("padded", {}), ("packed", packed)):
+        recorded[name] = Gradients()
+        run(file, processor, recorded[name], data=data, **{"batch_size": 12, **options})
+    (expected,), (found,) = recorded["padded"].steps, recorded["packed"].steps
+    assert recorded["packed"].losses[-1] == pytest.approx(recorded["padded"].losses[-1], abs=1e-5)  # measured: 9.6e-7
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # Measured worst case over all parameters: 2e-7.
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
 def test_logged_loss_is_the_mean_over_label_tokens(
     make_task: Callable[..., Path], processor: NemotronVLProcessor
 ) -> None:
@@ -146,6 +174,10 @@ def test_frozen_parts_stay_and_trained_parts_move(
         ({"max_epochs": -1, "max_steps": 9}, 9),
         ({"max_epochs": 2, "overfit_batches": 2}, 2 * 2),
         ({"max_epochs": 2, "overfit_batches": 0.5}, 2 * 3),
+        ({"max_epochs": 3, "data": {"packing": True, "batch_tokens": 140}}, 3 * 6),  # 703 tokens
+        ({"max_epochs": 3, "data": {"packing": True, "batch_tokens": 140}, "accumulate_grad_batches": 4}, 3 * 2),
+        ({"max_epochs": 2, "data": {"packing": True, "batch_tokens": 140}, "overfit_batches": 2}, 2 * 2),
+        ({"max_epochs": 2, "data": {"sampler": "token_budget", "batch_tokens": 300}, "overfit_batches": 2}, 2 * 2),
     ],
     ids=str,
 )
@@ -162,8 +194,9 @@ def test_the_schedule_ends_with_the_run(
     assert counted["ours"] == expected == module.trainer.global_step
 
 
+@pytest.mark.parametrize("data", [{}, {"packing": True}, {"sampler": "token_budget"}], ids=str)
 def test_overfit_batches_repeats_the_same_batches(
-    make_task: Callable[..., Path], processor: NemotronVLProcessor
+    make_task: Callable[..., Path], processor: NemotronVLProcessor, data: dict[str, Any]
 ) -> None:
     seen: list[list[str]] = []
 
@@ -171,7 +204,7 @@ def test_overfit_batches_repeats_the_same_batches(
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             seen.append(batch.sources)
 
-    run(make_task(8), processor, Note(), batch_size=2, overfit_batches=2, max_epochs=2)
+    run(make_task(8), processor, Note(), batch_size=2, overfit_batches=2, max_epochs=2, data=data)
     assert seen[:2] == seen[2:]
 
 

@@ -47,15 +47,20 @@ def test_python_blocks(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_command_lines(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_lines(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(demo)
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("lightning-vlm ")]
-    assert [line.split()[1] for line in lines] == ["fit", "fit", "predict"]
+    assert [line.split()[1] for line in lines] == ["fit", "fit", "predict", "plan", "doctor"]
     for steps, line in enumerate(lines, start=1):
-        limits = ["--trainer.max_steps", str(2 * steps), *SHORT] if " fit " in line else SHORT[-2:]
+        command = line.split()[1]
+        limits = {"fit": ["--trainer.max_steps", str(2 * steps), *SHORT], "predict": SHORT[-2:]}.get(command, [])
         monkeypatch.setattr(sys, "argv", [*shlex.split(line), *limits])
         assert main() == 0
     assert len((demo / "runs/digits/predictions.jsonl").read_text().splitlines()) == 80
+    assert (demo / "runs/digits/plan.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    for line in ("samples   4,697", "packing isolation: max|d| = "):
+        assert line in printed
 
 
 def test_rows_parse() -> None:
@@ -68,10 +73,12 @@ def test_rows_parse() -> None:
 def test_yaml_blocks_hold_known_keys() -> None:
     import inspect
 
-    from lightning_vlm import NemotronVLModule
+    from lightning_vlm import NemotronVLModule, VLMDataModule
 
+    kinds = {"model": NemotronVLModule, "data": VLMDataModule}
     for block in blocks("yaml"):
-        assert set(yaml.safe_load(block)["model"]) <= set(inspect.signature(NemotronVLModule.__init__).parameters)
+        for part, options in yaml.safe_load(block).items():
+            assert set(options) <= set(inspect.signature(kinds[part].__init__).parameters)
 
 
 def test_files_named_in_the_readme_exist() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -15,8 +16,10 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_vlm import NemotronVLConfig, NemotronVLModule, VLMDataModule
+from lightning_vlm.callbacks.checkpoint import RunCheckpoint
 from lightning_vlm.processing.tiny import tiny_processor
 from lightning_vlm.training.resume import rewind_to_last_step
 
@@ -46,23 +49,30 @@ class StopInside(L.Callback):
 
 
 def fit(
-    file: Path, folder: Path, *callbacks: L.Callback, ckpt_path: Path | None = None, workers: int = 0, **options: Any
+    file: Path,
+    folder: Path,
+    *callbacks: L.Callback,
+    ckpt_path: Path | None = None,
+    workers: int = 0,
+    data: dict[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[NemotronVLModule, Recorder]:
     L.seed_everything(7, verbose=False)
     recorder = Recorder()
     module = NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), lr=1e-2, generate_on_validation=False)
-    data = VLMDataModule(train=str(file), processor=tiny_processor(), batch_size=2, num_workers=workers)
+    datamodule = VLMDataModule(
+        train=str(file), processor=tiny_processor(), batch_size=2, num_workers=workers, **(data or {})
+    )
     trainer = L.Trainer(
         accelerator="cpu",
         default_root_dir=folder,
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         callbacks=[recorder, *callbacks],
-        **{"max_epochs": 2, **options},
+        **{"max_epochs": 2, "logger": False, **options},
     )
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
     return module, recorder
 
 
@@ -120,6 +130,104 @@ def test_resume_is_exact_when_the_optimizer_asks_for_the_number_of_steps(
         resumed, rest = fit(file, tmp_path, ckpt_path=tmp_path / "ckpt" / f"step={step}.ckpt")
         assert rest.rows == recorded.rows[step:], f"resumed after step {step}"
         assert_same_weights(resumed, whole)
+
+
+PACKED = {"packing": True, "batch_tokens": 140}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_packed_resume_after_any_step_is_exact(make_task: Callable[..., Path], tmp_path: Path, workers: int) -> None:
+    file = make_task(11)  # 6 packs
+    whole, recorded = fit(file, tmp_path, every_step(tmp_path / "ckpt"), workers=workers, data=PACKED)
+    for epoch in (recorded.rows[:6], recorded.rows[6:]):
+        assert sorted(int(row) for batch in epoch for row in batch) == list(range(1, 12)), "each epoch sees every row"
+    assert recorded.rows[:6] != recorded.rows[6:], "each epoch has its own packs"
+    for step in (1, 5, 6, 9) if workers == 0 else (3, 6):
+        path = tmp_path / "ckpt" / f"step={step}.ckpt"
+        resumed, rest = fit(file, tmp_path, ckpt_path=path, workers=workers, data=PACKED)
+        assert rest.rows == recorded.rows[step:], f"resumed after step {step}"
+        assert_same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize("data", [PACKED, {"sampler": "token_budget"}, {"sampler": "length_grouped"}], ids=str)
+@pytest.mark.parametrize(("accumulate", "stop_at"), [(1, 4), (2, 3), (2, 8), (4, 5)])
+def test_a_crash_repeats_the_step_with_every_batcher(
+    make_task: Callable[..., Path], tmp_path: Path, data: dict[str, Any], accumulate: int, stop_at: int
+) -> None:
+    file = make_task(11)
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "data": data}
+    whole, _ = fit(file, tmp_path, **options)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(file, tmp_path, only_at_the_crash(tmp_path / "ckpt"), StopInside(stop_at), **options)
+    resumed, _ = fit(file, tmp_path, ckpt_path=tmp_path / "ckpt" / "last.ckpt", **options)
+    assert_same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"batch_tokens": 150}, {"batch_patches": 24}, {"sampler": "sequential"}, {"packing": False}, {"seed": 1},
+     {"max_tokens": 98, "overlong": "drop"}],
+    ids=str,
+)  # fmt: skip
+def test_packed_resume_with_other_packs_is_refused(
+    make_task: Callable[..., Path], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    file = make_task(12)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(file, tmp_path, every_step(tmp_path / "ckpt"), StopInside(2), data=PACKED)
+    with pytest.raises(ValueError, match=r"stopped after batch 2 of epoch 0 of another plan.*keep data files.*packing"):
+        fit(file, tmp_path, ckpt_path=tmp_path / "ckpt" / "last.ckpt", data={**PACKED, **change})
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_are_logged_once_however_often_a_run_crashes(
+    make_task: Callable[..., Path], tmp_path: Path, accumulate: int
+) -> None:
+    """Also in the first step of an epoch, which Lightning resumes with an iteration that has no batch."""
+    file = make_task(11)
+    steps, last = [], tmp_path / "ckpt" / "last.ckpt"
+    for number, stop_at in enumerate((3, 2, 1, None)):  # 6 batches an epoch: inside it, at its start, after that
+        logger = CSVLogger(tmp_path, "metrics", str(number))
+        callbacks = [only_at_the_crash(tmp_path / "ckpt"), *([] if stop_at is None else [StopInside(stop_at)])]
+        options: dict[str, Any] = {"logger": logger, "log_every_n_steps": 1, "accumulate_grad_batches": accumulate}
+        if stop_at is None:
+            module, _ = fit(file, tmp_path, *callbacks, ckpt_path=last, **options)
+        else:
+            with pytest.raises(RuntimeError, match="power cut"):
+                fit(file, tmp_path, *callbacks, ckpt_path=last if last.exists() else None, **options)
+        path = Path(logger.log_dir) / "metrics.csv"
+        rows = csv.DictReader(path.read_text().splitlines()) if path.exists() else []
+        steps += [int(row["step"]) for row in rows if row.get("train/loss")]
+    assert steps == list(range(12 // accumulate))
+    assert module.trainer.global_step == 12 // accumulate
+
+
+class StopsAfter(L.Callback):
+    """Asks the Trainer to stop after a batch, as EarlyStopping does."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = batch_idx + 1 == self.batch
+
+
+@pytest.mark.parametrize("asked", ["max_steps", "should_stop"])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_extended_run_goes_on_inside_its_epoch(
+    make_task: Callable[..., Path], tmp_path: Path, asked: str, epoch: int
+) -> None:
+    """Lightning counts the epoch as done and would leave out what is left of it."""
+    file = make_task(11)  # 6 batches an epoch
+    _, recorded = fit(file, tmp_path, max_epochs=3)
+    steps = 6 * epoch + 2
+    saves = RunCheckpoint(tmp_path / "ckpt", every_n_train_steps=1000)
+    if asked == "max_steps":
+        fit(file, tmp_path, saves, max_steps=steps, max_epochs=None)
+    else:  # min_steps keeps the request of epoch 0 from being heard
+        fit(file, tmp_path, saves, StopsAfter(2), max_epochs=3, **({"min_steps": steps} if epoch else {}))
+    _, rest = fit(file, tmp_path, ckpt_path=tmp_path / "ckpt" / "last.ckpt", max_epochs=3)
+    assert rest.rows == recorded.rows[steps:]
 
 
 @pytest.mark.parametrize("saves", [every_step, only_at_the_crash])
@@ -181,10 +289,12 @@ def stopped_at(ready: int, epoch: int) -> dict[str, Any]:
     total = {name: value + 10 * epoch for name, value in counters.items()}
     position = {"epoch": epoch, "yielded": ready, "fingerprint": "x"}
     return {
+        "global_step": ready + 10 * epoch,
         "loops": {
             "fit_loop": {
                 "epoch_progress": {"current": {"ready": epoch + 1}},
                 "epoch_loop.batch_progress": {"current": counters, "total": total, "is_last_batch": ready == 10},
+                "epoch_loop.state_dict": {"_batches_that_stepped": ready + 10 * epoch - 1},
                 "state_dict": {"combined_loader": [dict(position)]},
             }
         },
@@ -205,8 +315,8 @@ def test_a_checkpoint_inside_a_step_is_set_back(applied: tuple[int, int], done: 
     checkpoint = stopped_at(6, epoch=3)
     assert rewind_to_last_step(checkpoint, "VLMDataModule", applied) == 6 - done
     loop = checkpoint["loops"]["fit_loop"]
-    assert set(loop["epoch_loop.batch_progress"]["current"].values()) == {done}
-    assert set(loop["epoch_loop.batch_progress"]["total"].values()) == {30 + done}
+    expected = stopped_at(done, epoch=3)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    assert loop["epoch_loop.batch_progress"] == expected, "as after the last batch of the step before"
     assert loop["state_dict"]["combined_loader"][0]["yielded"] == checkpoint["VLMDataModule"]["yielded"] == done
 
 

@@ -46,7 +46,8 @@ class EpochLedger(L.Callback):
         """Closes the ledger and logs it.
 
         Raises:
-            RuntimeError: If a planned sample was neither seen nor skipped, or one was seen twice.
+            RuntimeError: If a planned sample was neither seen nor skipped, or one was seen twice, or the loader ended
+                before the epoch.
         """
         ledger, self._ledger = self._ledger, None
         if ledger is None:
@@ -72,7 +73,19 @@ class EpochLedger(L.Callback):
                 f"the ledger of epoch {ledger.opened.epoch} does not balance: {report}; a sample was lost or seen "
                 "twice, please report this with the config"
             )
+        if not _may_end(trainer, ledger.reached):
+            raise RuntimeError(
+                f"the loader ended epoch {ledger.opened.epoch} after batch {ledger.reached} of "
+                f"{trainer.num_training_batches}: {report}; please report this with the config"
+            )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Forgets an epoch that did not end."""
         self._ledger = None
+
+
+def _may_end(trainer: L.Trainer, reached: int) -> bool:
+    """Whether an epoch ends where the Trainer, a callback or the module (by skipping the rest) wanted it to."""
+    stopped = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+    started = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return stopped or reached >= trainer.num_training_batches or started > reached

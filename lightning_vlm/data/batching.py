@@ -114,15 +114,20 @@ class TokenBudgetBatches:
         patches: ``(num_samples,)`` vision patches.
         budget: Most padded tokens (samples x longest) and patches of a batch.
         seed: Seed of the order.
+        shuffle: Draw anew each epoch; else the longest come first.
     """
 
-    def __init__(self, tokens: np.ndarray, patches: np.ndarray, budget: PackBudget, seed: int = 0) -> None:
-        self.tokens, self.patches, self.budget, self.seed = tokens, patches, budget, seed
+    def __init__(
+        self, tokens: np.ndarray, patches: np.ndarray, budget: PackBudget, seed: int = 0, shuffle: bool = True
+    ) -> None:
+        self.tokens, self.patches, self.budget, self.seed, self.shuffle = tokens, patches, budget, seed, shuffle
         self._shapes = np.lexsort((patches, tokens))[::-1]  # longest first: a batch that is too large shows at once
         self._starts = self._cut_by_budget()
 
     def batches(self, epoch: int, world_size: int) -> list[np.ndarray]:
         """See `Batcher`."""
+        if not self.shuffle:
+            return np.split(self._shapes, self._starts[1:-1])
         rng = _generator(self.seed, epoch, "budget")
         members = reassign_equals(Packs(self._shapes, self._starts), self.tokens, self.patches, rng).members
         batches = np.split(members, self._starts[1:-1])
@@ -137,7 +142,7 @@ class TokenBudgetBatches:
     @property
     def fingerprint(self) -> str:
         """See `Batcher`."""
-        return _fingerprint("token_budget", self.tokens, self.patches, self.budget, self.seed)
+        return _fingerprint("token_budget", self.tokens, self.patches, self.budget, self.shuffle, self.seed)
 
     def _cut_by_budget(self) -> np.ndarray:
         lengths, patches = self.tokens[self._shapes].tolist(), self.patches[self._shapes].tolist()

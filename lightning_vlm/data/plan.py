@@ -42,6 +42,12 @@ class BatchOptions:
     batch_patches: int | None = None
     overlong: OverlongPolicy = "error"
     seed: int = 0
+    in_order: bool = False
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether each epoch has an order of its own."""
+        return self.sampler != "sequential" and not self.in_order
 
     @property
     def has_budget(self) -> bool:
@@ -102,9 +108,9 @@ def plan_data(
     Raises:
         DataError: If a row or an image is not acceptable, or a sample is too long under the policy ``error``.
     """
-    total, shuffle = len(dataset), options.sampler != "sequential"
+    total = len(dataset)
     if not options.needs_lengths:
-        return DataPlan(dataset, FixedBatches(total, options.batch_size, shuffle, options.seed))
+        return DataPlan(dataset, FixedBatches(total, options.batch_size, options.shuffles, options.seed))
     lengths = measure_lengths(dataset, num_workers, cache_dir, show_progress)
     dataset = dataset.with_lengths(lengths)
     overlong = OverlongReport(np.arange(total), np.arange(0))
@@ -120,8 +126,8 @@ def plan_data(
 
 
 def in_file_order(options: BatchOptions) -> BatchOptions:
-    """The same options without any shuffling, for evaluation and for overfitting on the first batches."""
-    return replace(options, sampler="sequential")
+    """The same options without any shuffling, for overfitting on the first batches; the limits stay what they are."""
+    return replace(options, in_order=True)
 
 
 def _budget(tokens: np.ndarray, options: BatchOptions) -> PackBudget:
@@ -133,11 +139,11 @@ def _budget(tokens: np.ndarray, options: BatchOptions) -> PackBudget:
 
 
 def _batcher(tokens: np.ndarray, patches: np.ndarray, budget: PackBudget | None, options: BatchOptions) -> Batcher:
-    shuffle, seed = options.sampler != "sequential", options.seed
+    shuffle, seed = options.shuffles, options.seed
     if options.packing and budget is not None:
         return PackedBatches(tokens, patches, budget, shuffle, seed)
     if options.sampler == "token_budget" and budget is not None:
-        return TokenBudgetBatches(tokens, patches, budget, seed)
-    if options.sampler == "length_grouped":
+        return TokenBudgetBatches(tokens, patches, budget, seed, shuffle)
+    if options.sampler == "length_grouped" and shuffle:
         return LengthGroupedBatches(tokens, options.batch_size, seed)
     return FixedBatches(len(tokens), options.batch_size, shuffle, seed)

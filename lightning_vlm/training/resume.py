@@ -32,25 +32,57 @@ def rewind_to_last_step(checkpoint: dict[str, Any], datamodule_key: str, applied
         if position and position["epoch"] == epoch:
             position["yielded"] = min(position["yielded"], done)
     taken_back = max(current["ready"] - done, 0)
-    if not taken_back:
-        return 0
-    _set_batches_done(progress, done)
+    if taken_back:
+        _set_batches_done(checkpoint, done)
     return taken_back
 
 
-def move_progress(checkpoint: dict[str, Any], yielded: int) -> None:
-    """Sets the batch counters of a checkpoint to where another number of ranks continues its epoch, in place.
+def reopen_epoch(checkpoint: dict[str, Any], datamodule_key: str, num_batches: int) -> None:
+    """Undoes that Lightning counts an epoch as done in which ``max_steps`` or a callback has stopped the run, in place.
+
+    A run that is extended later would begin the next epoch, and the samples that were left would never be seen.
+
+    Args:
+        checkpoint: What Lightning is about to save.
+        datamodule_key: Where the datamodule's state is in it.
+        num_batches: Batches that were to be taken of the epoch.
+    """
+    epochs, state = checkpoint["loops"]["fit_loop"]["epoch_progress"], checkpoint.get(datamodule_key)
+    current, total = epochs["current"], epochs["total"]
+    before = current["ready"] - 1
+    if not state or state["epoch"] != before or state["yielded"] >= num_batches or current["processed"] == before:
+        return
+    for counter in ("processed", "completed"):
+        total[counter] += before - current[counter]
+        current[counter] = before
+    checkpoint["epoch"] = before
+    _set_batches_done(checkpoint, state["yielded"])
+
+
+def move_progress(checkpoint: dict[str, Any], yielded: int, micro_batches: int, ended: bool) -> None:
+    """Sets the batch counters of a checkpoint to where another plan continues its epoch, in place.
 
     Args:
         checkpoint: What Lightning is about to restore.
         yielded: Batches done, on the scale of the new number of batches per epoch.
+        micro_batches: Batches of an optimizer step.
+        ended: Whether they were the last of their epoch.
     """
-    _set_batches_done(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], yielded)
+    epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    if epoch["processed"] < epoch["ready"]:  # else Lightning has left the epoch behind, and its counters with it
+        _set_batches_done(checkpoint, yielded, ended or yielded % micro_batches == 0, ended)
 
 
-def _set_batches_done(progress: dict[str, Any], done: int) -> None:
+def _set_batches_done(checkpoint: dict[str, Any], done: int, ends_step: bool = True, ends_epoch: bool = False) -> None:
+    """Makes a checkpoint one of those that Lightning writes in ``on_train_batch_end``: it makes up for the last counts.
+
+    Any other is resumed with an iteration without a batch at some places, which is a step too many for the loggers.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    progress = loop["epoch_loop.batch_progress"]
     current, total = progress["current"], progress["total"]
-    for counter in ("ready", "started", "processed", "completed"):
-        total[counter] += done - current[counter]
-        current[counter] = done
-    progress["is_last_batch"] = False
+    for counter, count in {"ready": done, "started": done, "processed": done, "completed": done - 1}.items():
+        total[counter] += count - current[counter]
+        current[counter] = count
+    progress["is_last_batch"] = ends_epoch
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - ends_step
