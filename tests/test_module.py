@@ -370,3 +370,20 @@ def test_files_of_one_name_are_scored_apart(
     scores = quiet_trainer().validate(module, datamodule=data, verbose=False)
     names = {name.removeprefix("val/gen/anls") for name in scores[0] if "anls" in name}
     assert names == {"", "/a_rows", "/b_rows", "/plain"}
+
+
+def test_a_module_is_validated_before_and_after_a_fit(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor
+) -> None:
+    """`Trainer.validate` runs in inference mode, validation inside a fit does not."""
+    file = str(make_task(4))
+    module = NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), lr=0.0, max_new_tokens=2)
+    data = VLMDataModule(train=file, val=file, processor=processor, batch_size=2, packing=True)
+    before = quiet_trainer().validate(module, datamodule=data, verbose=False)[0]
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(module, datamodule=data)
+    inside = {name: float(value) for name, value in trainer.callback_metrics.items() if name in before}
+    after = quiet_trainer().validate(module, datamodule=data, verbose=False)[0]
+    assert inside == pytest.approx(before, abs=1e-6)
+    assert after == pytest.approx(before, abs=1e-6)
+    assert {"val/loss", "val/gen/exact_match"} <= set(before)

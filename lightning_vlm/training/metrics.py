@@ -1,4 +1,8 @@
-"""Scores of generated answers, as torchmetrics: sums and counts, equal for any number of processes."""
+"""Scores of generated answers, as torchmetrics: sums and counts, equal for any number of processes.
+
+States are replaced, never changed in place: `Trainer.validate` leaves inference tensors, which a later fit may not
+change.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +32,9 @@ class MeanOverTokens(Metric):
         # What float32 rounds away is summed apart (Knuth's two-sum): Apple's GPUs have no float64.
         new = self.total + value
         part = new - self.total
-        self.lost += (self.total - (new - part)) + (value - part)
+        self.lost = self.lost + (self.total - (new - part)) + (value - part)
         self.total = new
-        self.count += count
+        self.count = self.count + count
 
     def compute(self) -> Tensor:
         """The mean; NaN before any token."""
@@ -58,8 +62,8 @@ class AnswerScore(Metric):
             references: Accepted texts of each.
         """
         for answer, accepted in zip(answers, references, strict=True):
-            self.total += max((self.score(answer, reference) for reference in accepted), default=0.0)
-            self.count += 1
+            self.total = self.total + max((self.score(answer, reference) for reference in accepted), default=0.0)
+            self.count = self.count + 1
 
     def compute(self) -> Tensor:
         """The mean in 0..1; NaN before any answer."""
