@@ -257,6 +257,7 @@ def test_wandb_offline_when_nobody_is_logged_in(config: Path, monkeypatch: pytes
     arguments = ["fit", "--config", str(config), "--trainer.logger", json.dumps(WANDB), "--trainer.max_epochs", "1"]
     assert exit_code(*arguments) == 0
     wandb.finish()  # as the end of the process does
+    wandb.teardown()  # its service has written everything then
     (run,) = Path("run/wandb").glob("offline-run-*")
     record = next(run.glob("*.wandb")).read_bytes()
     assert record.count(b"media/images/") >= 4, "the images of the table are part of the run"

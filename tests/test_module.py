@@ -380,7 +380,7 @@ def test_a_module_is_validated_before_and_after_a_fit(
     module = NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), lr=0.0, max_new_tokens=2)
     data = VLMDataModule(train=file, val=file, processor=processor, batch_size=2, packing=True)
     before = quiet_trainer().validate(module, datamodule=data, verbose=False)[0]
-    trainer = quiet_trainer(max_steps=1)
+    trainer = quiet_trainer()
     trainer.fit(module, datamodule=data)
     inside = {name: float(value) for name, value in trainer.callback_metrics.items() if name in before}
     after = quiet_trainer().validate(module, datamodule=data, verbose=False)[0]

@@ -29,7 +29,8 @@ class IsolationProbe(L.Callback):
             or not datamodule.packs_rows
         ):
             return
-        rank_zero_info(f"packing: {datamodule.summary().headline()}")
+        if datamodule.packing:  # lengths are known
+            rank_zero_info(f"packing: {datamodule.summary().headline()}")
         samples = datamodule.probe_samples()
         if len(samples) < 2:
             rank_zero_info("packing isolation: not probed, there is a single sample")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,6 @@ def planned_ranks(trainer: Any) -> int | None:
     devices = trainer.devices
     if isinstance(devices, (list, tuple)):
         devices = len(devices)
-    if isinstance(devices, str) and devices.isdigit():
-        devices = int(devices)
+    if isinstance(devices, str) and re.fullmatch(r"\d+(,\d+)*,?", devices):  # a number, or a list of indices
+        devices = len(devices.strip(",").split(",")) if "," in devices else int(devices)
     return devices * trainer.num_nodes if isinstance(devices, int) and devices > 0 else None

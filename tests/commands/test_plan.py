@@ -21,6 +21,8 @@ from lightning_vlm.schema import DataError
         (8, 1, 8),
         (8, 4, 32),
         ("8", 2, 16),
+        ("0,1", 2, 4),
+        ("3,", 1, 1),
         ([0, 3], 1, 2),
         ([1], 2, 2),
         ("auto", 1, None),
