@@ -22,9 +22,9 @@ CHUNK_SIZE = 64
 """Tokens per chunk of the torch path. The result does not depend on it; on CPUs 64 was faster than 32 and 128."""
 
 _BLOCK_ELEMENTS = 2**19
-"""Decay-matrix elements (chunk x chunk x heads) that are alive at a time: bounds the memory of long rows. On a CPU 2 MiB
-stay in its cache (2**23 took a third longer and three times the memory); a GPU, where launches cost, takes 16 times as
-many."""
+"""Decay-matrix elements (chunk x chunk x heads) that are alive at a time: bounds the memory of long rows. On a CPU
+2 MiB stay in its cache (2**23 took a third longer and three times the memory); a GPU, where launches cost, takes 16
+times as many."""
 
 
 def naive_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, cu_seqlens: Tensor) -> Tensor:
