@@ -1,7 +1,7 @@
 """Planning sequence packs for a million samples: ours, and NeMo AutoModel's greedy knapsack where it is at hand.
 
     python benchmarks/packing_plan.py
-    python benchmarks/packing_plan.py --peer-python /tmp/venv_peer/bin/python
+    python benchmarks/packing_plan.py --peer-python PATH    # a Python that has nemo_automodel
 
 One process, one thread, the same lengths for both. The plan is made once, ``epoch`` is what every later epoch costs
 (`reassign_equals` and `order_packs`); the peer has one plan for all epochs. ``fill`` is tokens / (packs * budget);
