@@ -128,7 +128,8 @@ class VLMCLI(LightningCLI):
     def __init__(self, args: Any = None, run: bool = True) -> None:
         strict: dict[str, Any] = {"allow_abbrev": False, "parser_mode": "yaml"}
         # jsonargparse overwrites a subcommand's allow_abbrev with the top level's: both are set.
-        parser_kwargs = {**strict, **dict.fromkeys(_SUBCOMMANDS, strict)} if run else strict
+        # A dict for each: LightningCLI writes the subcommand's description into it.
+        parser_kwargs = {**strict, **{name: dict(strict) for name in _SUBCOMMANDS}} if run else strict
         super().__init__(
             NemotronVLModule,
             VLMDataModule,

@@ -134,8 +134,8 @@ def cu_seqlens_from_position_ids(position_ids: Tensor) -> Tensor:
 def document_mask(cu_seqlens: Tensor, causal: bool = True) -> Tensor:
     """``(T, T)`` bool, True where a query (row) may see a key (column).
 
-    The plain truth that tests compare with. It costs memory in the square of the row's length; no training
-    path builds it.
+    The plain truth that tests compare with. It costs memory in the square of the row's length, so it is built for
+    users who chose an attention implementation that knows nothing else, and for no one else.
     """
     seq_idx = seq_idx_from_cu_seqlens(cu_seqlens)
     mask = seq_idx[:, None] == seq_idx[None, :]

@@ -267,6 +267,15 @@ def test_wandb_offline_when_nobody_is_logged_in(config: Path, monkeypatch: pytes
     monkeypatch.setenv("WANDB_MODE", "offline")  # as the tests' environment has it
 
 
+@pytest.mark.parametrize(
+    ("command", "purpose"),
+    [("fit", "Runs the full optimization"), ("plan", "Prints what an epoch"), ("doctor", "Tells which kernels")],
+)
+def test_help_says_what_a_command_does(command: str, purpose: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(command, "--help") == 0
+    assert purpose in capsys.readouterr().out
+
+
 def test_wandb_absent(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import importlib.util
 

@@ -142,7 +142,7 @@ def neat_pack_dataset_vlm(
         max_packs: Keep so many packs; after sorting, so those with fewest visual tokens. The samples of the others
             are ``"beyond_max_packs"``.
         get_rope_index: ``model.get_rope_index`` of a model with mRoPE.
-        ds_raw: Index -> raw row of the same sample, see `data.estimates`. Without it every sample counts as half a
+        ds_raw: Index -> raw row of the same sample, see `automodel.estimates`. Without it every sample counts as half a
             pack.
         packing_ratio: Part of a pack that is filled by estimate; the rest is room for errors.
         processor: Hugging Face processor that estimates of media follow.

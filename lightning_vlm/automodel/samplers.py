@@ -51,7 +51,7 @@ class LengthGroupedSampler(Sampler[int]):
         sorted_indices: The samples that are kept, longest first; the lower index first among equals.
 
     Args:
-        dataset: Raw rows, see `data.estimates`; wrappers are looked through as far as a list.
+        dataset: Raw rows, see `automodel.estimates`; wrappers are looked through as far as a list.
         seed: Seed of the order; the same on every rank.
         processor: Hugging Face processor whose image and video sizes the estimates follow.
         max_length: Leave out samples of more than this many tokens + 512, with a warning, and as many of the shortest
@@ -200,7 +200,7 @@ class LengthGroupedSampler(Sampler[int]):
         """Estimated (text, media) tokens of one row.
 
         Args:
-            example: The row, see `data.estimates`.
+            example: The row, see `automodel.estimates`.
         """
         return estimate_tokens(example, self._image_cfg, self._video_cfg)
 
@@ -228,12 +228,12 @@ class LengthGroupedSampler(Sampler[int]):
 
     @staticmethod
     def _extract_image_config(processor: Any) -> MediaConfig | None:
-        """See `data.estimates.image_config`."""
+        """See `automodel.estimates.image_config`."""
         return image_config(processor)
 
     @staticmethod
     def _extract_video_config(processor: Any) -> MediaConfig | None:
-        """See `data.estimates.video_config`."""
+        """See `automodel.estimates.video_config`."""
         return video_config(processor)
 
 

@@ -138,15 +138,14 @@ def measure_lengths(
     """
     key = lengths_key(dataset)
     path = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / f"{key}.npz"
-    try:
-        table = LengthTable.load(path, key)
-        if len(table) != len(dataset):
-            raise ValueError(f"{path} holds the lengths of {len(table)} samples, expected {len(dataset)}")
-        return table
-    except FileNotFoundError:
-        pass
-    except ValueError as error:
-        _log.warning("%s; the samples are measured again", error)
+    if path.exists():
+        try:
+            table = LengthTable.load(path, key)
+            if len(table) != len(dataset):
+                raise ValueError(f"{path} holds the lengths of {len(table)} samples, expected {len(dataset)}")
+            return table
+        except (FileNotFoundError, ValueError) as error:  # damaged, or removed just now
+            _log.warning("%s; the samples are measured again", error)
     table = _measure(dataset, num_workers, show_progress)
     try:
         table.save(path, key)

@@ -8,7 +8,6 @@ tokens the whole step has: that number divides the loss.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -19,9 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_vlm.data.samplers import EpochPlan, PlannedBatch, Position
 from lightning_vlm.schema import DataError, Sample, VLMBatch
-
-# Workers are forked after the tokenizer was used; its own thread pool would only warn and contend there.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class _BatchDataset(Dataset):

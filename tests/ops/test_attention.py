@@ -45,7 +45,7 @@ def output_and_gradients(function, inputs, dy: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
 
-def compare(layer: nn.Module, inputs, lengths, tolerance: float) -> float:
+def assert_equals_the_truth(layer: nn.Module, inputs, lengths, tolerance: float) -> float:
     dy = torch.randn(1, sum(lengths), inputs[0].shape[1], inputs[0].shape[3])
     cu_seqlens = documents_from_lengths(lengths).cu_seqlens
     actual = output_and_gradients(lambda values: fast(layer, values, lengths), inputs, dy)
@@ -70,20 +70,20 @@ def compare(layer: nn.Module, inputs, lengths, tolerance: float) -> float:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)], ids=str)
 @pytest.mark.parametrize("lengths", [[1], [33], [5, 1, 8], [0, 3, 0, 0, 4, 0], [1, 1, 1], [64, 65]], ids=str)
 def test_outputs_and_gradients_equal_one_softmax_under_a_dense_mask(lengths, heads, kv_heads, causal):
-    compare(Layer(causal, heads, kv_heads), random_inputs(sum(lengths), heads, kv_heads), lengths, 4e-6)
+    assert_equals_the_truth(Layer(causal, heads, kv_heads), random_inputs(sum(lengths), heads, kv_heads), lengths, 4e-6)
 
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(0, 12), max_size=7).filter(any), causal=st.booleans(), seed=st.integers(0, 2**32))
 def test_any_documents(lengths, causal, seed):
     torch.manual_seed(seed)
-    compare(Layer(causal), random_inputs(sum(lengths)), lengths, 4e-6)
+    assert_equals_the_truth(Layer(causal), random_inputs(sum(lengths)), lengths, 4e-6)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 def test_bfloat16_is_as_good_as_its_rounding(causal):
     inputs = [value.bfloat16() for value in random_inputs(70)]
-    compare(Layer(causal), inputs, [30, 1, 39], 2**-6)
+    assert_equals_the_truth(Layer(causal), inputs, [30, 1, 39], 2**-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

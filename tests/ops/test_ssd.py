@@ -55,7 +55,7 @@ def differences(inputs, actual: list[Tensor], cu_seqlens: Tensor, dy: Tensor) ->
     return found
 
 
-def check(lengths: list[int], chunk_size: int = 64, **shapes: int) -> None:
+def assert_equals_the_truth(lengths: list[int], chunk_size: int = 64, **shapes: int) -> None:
     cu_seqlens, seq_idx = boundaries(lengths)
     inputs = random_inputs(sum(lengths), **shapes)
     dy = torch.randn(inputs[0].shape)
@@ -83,7 +83,7 @@ LENGTHS = [
 @pytest.mark.parametrize("chunk_size", [1, 4, 16, 64])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_outputs_and_gradients_equal_the_recurrence(lengths, chunk_size):
-    check(lengths, chunk_size=chunk_size)
+    assert_equals_the_truth(lengths, chunk_size=chunk_size)
 
 
 @settings(max_examples=50, deadline=None)
@@ -100,14 +100,16 @@ def test_any_shape_any_chunk_any_block(lengths, chunk_size, block_chunks, heads,
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssd, "_BLOCK_ELEMENTS", block_chunks * chunk_size**2 * heads[0])
-        check(lengths, chunk_size=chunk_size, heads=heads[0], groups=heads[1], width=width, states=states)
+        assert_equals_the_truth(
+            lengths, chunk_size=chunk_size, heads=heads[0], groups=heads[1], width=width, states=states
+        )
 
 
 @pytest.mark.parametrize("chunks_per_block", [1, 2, 3])
 def test_state_is_carried_from_block_to_block(monkeypatch, chunks_per_block):
     monkeypatch.setattr(ssd, "_BLOCK_ELEMENTS", chunks_per_block * 8 * 8 * 4)
     assert len(ssd._blocks(torch.empty(101, 4, 1), chunk_size=8)) == -(-101 // (8 * chunks_per_block)) > 4
-    check([50, 1, 0, 43, 7], chunk_size=8)
+    assert_equals_the_truth([50, 1, 0, 43, 7], chunk_size=8)
 
 
 def test_blocks_and_chunks_do_not_change_what_is_computed(monkeypatch):
