@@ -22,8 +22,8 @@ from lightning_vlm.segments import cu_seqlens_from_lengths
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference relative to the largest value. Rounding measured: 5e-7 in float32, 1e-3 in bfloat16. A leak
-measured 0.8 or more through the convolution and 0.36 through attention, but 7e-5 to 5e-4 through the scan alone of a model
-with random weights: that one is found by the second question, on a CPU."""
+measured 0.8 or more through the convolution and 0.36 through attention, but 7e-5 to 5e-4 through the scan alone of a
+model with random weights: that one is found by the second question, on a CPU."""
 
 
 class IsolationError(RuntimeError):
