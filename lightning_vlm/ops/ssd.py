@@ -65,7 +65,7 @@ def chunked_ssd(
     seq_idx: Tensor,
     chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
-    """The recurrence in chunks, on any device, in float32.
+    """The recurrence in chunks, on any device, in float32 (float64 if x is).
 
     Args:
         x: As for `naive_ssd`.
@@ -78,10 +78,15 @@ def chunked_ssd(
         chunk_size: Tokens per chunk; a matter of speed only.
 
     Returns:
-        ``(T, heads, head_dim)`` float32.
+        ``(T, heads, head_dim)`` float32 (float64 if x is).
     """
     with torch.autocast(x.device.type, enabled=False):
         return _ChunkedSSD.apply(x, dt, A, B, C, D, seq_idx, chunk_size)
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    """What is computed in: sums over a document need float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class _Chunks(NamedTuple):
@@ -112,8 +117,9 @@ class _ChunkedSSD(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_idx: Tensor, chunk_size: int
     ) -> Tensor:
-        state = x.new_zeros(B.shape[1], B.shape[2], x.shape[1] // B.shape[1] * x.shape[2], dtype=torch.float32)
-        y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        dtype = _precision(x)
+        state = x.new_zeros(B.shape[1], B.shape[2], x.shape[1] // B.shape[1] * x.shape[2], dtype=dtype)
+        y = x.new_empty(x.shape, dtype=dtype)
         states = []
         for start, stop in _blocks(x, chunk_size):
             block = _load(x, dt, A, B, C, seq_idx, start, stop, chunk_size)
@@ -123,7 +129,7 @@ class _ChunkedSSD(torch.autograd.Function):
             carried = (block.C @ entering).view_as(block.x) * decays.from_start[..., None]
             y[start:stop] = _to_tokens(carried.add_(within.transpose(2, 3)), stop - start).flatten(1, 2)
             states.append(entering)
-        y.addcmul_(D.float()[:, None], x.float())
+        y.addcmul_(D.to(dtype)[:, None], x.to(dtype))
         ctx.save_for_backward(x, dt, A, B, C, D, seq_idx, *states)
         ctx.chunk_size = chunk_size
         return y
@@ -137,8 +143,9 @@ class _ChunkedSSD(torch.autograd.Function):
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, dt, A, B, C, D, seq_idx, *states = ctx.saved_tensors
-    dx, ddt, dB, dC = (torch.empty(t.shape, dtype=torch.float32, device=x.device) for t in (x, dt, B, C))
-    dA = torch.zeros(A.shape, dtype=torch.float32, device=A.device)
+    dtype = _precision(x)
+    dx, ddt, dB, dC = (t.new_empty(t.shape, dtype=dtype) for t in (x, dt, B, C))
+    dA = torch.zeros_like(A, dtype=dtype)
     dstate = torch.zeros_like(states[0][0]) if states else x.new_zeros(0)  # no tokens, no block
     blocks = _blocks(x, ctx.chunk_size)
     for (start, stop), entering in zip(reversed(blocks), reversed(states)):
@@ -147,11 +154,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         size = stop - start
         da = _to_tokens(grads.da, size).flatten(1, 2)
         dx[start:stop] = _to_tokens(grads.dx, size).flatten(1, 2)
-        ddt[start:stop] = torch.addcmul(_to_tokens(grads.ddt, size).flatten(1, 2), da, A.float())
+        ddt[start:stop] = torch.addcmul(_to_tokens(grads.ddt, size).flatten(1, 2), da, A.to(dtype))
         dB[start:stop], dC[start:stop] = _to_tokens(grads.dB, size), _to_tokens(grads.dC, size)
-        dA += (da * dt[start:stop].float()).sum(0)
+        dA += (da * dt[start:stop].to(dtype)).sum(0)
     dD = (dy * x).sum((0, 2))
-    dx.addcmul_(D.float()[:, None], dy)
+    dx.addcmul_(D.to(dtype)[:, None], dy)
     dtypes = (x.dtype, dt.dtype, A.dtype, B.dtype, C.dtype, D.dtype)
     found = (dx, ddt, dA, dB, dC, dD)
     return *(grad.to(dtype) for grad, dtype in zip(found, dtypes)), None, None
@@ -219,7 +226,7 @@ def _block_backward(block: _Chunks, dy: Tensor, entering: Tensor, dstate: Tensor
 
     dlog[:, :, -1] += dlog_end
     # log_decay = same @ (A dt): the transpose brings the gradient back to each token of the same document.
-    da = (block.same.transpose(-1, -2).float()[:, None] @ dlog).contiguous()
+    da = (block.same.transpose(-1, -2).to(dlog.dtype)[:, None] @ dlog).contiguous()
     return _BlockGrads(dxdt * block.dt[..., None], (dxdt * block.x).sum(-1), da, dB, dC), dstate
 
 
@@ -234,13 +241,13 @@ def _blocks(x: Tensor, chunk_size: int) -> list[tuple[int, int]]:
 def _load(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor, start: int, stop: int, chunk_size: int
 ) -> _Chunks:
-    """Cuts tokens ``start:stop`` into chunks, in float32; the last one is padded by a document of its own."""
-    groups = B.shape[1]
+    """Cuts tokens ``start:stop`` into chunks, in `_precision`; the last one is padded by a document of its own."""
+    dtype, groups = _precision(x), B.shape[1]
     padding = -(stop - start) % chunk_size
     chunks = (stop - start + padding) // chunk_size
 
     def cut(values: Tensor, *shape: int) -> Tensor:  # (T, g r ...) -> (c, g, l, r, ...)
-        values = values[start:stop].float()
+        values = values[start:stop].to(dtype)
         if padding:
             values = torch.cat([values, values.new_zeros(padding, *values.shape[1:])])
         return values.view(chunks, chunk_size, groups, *shape).transpose(1, 2).contiguous()
@@ -253,7 +260,7 @@ def _load(
     steps = cut(dt, -1)
     # A matrix product with zeros and ones instead of a running sum: a sum over other documents, subtracted again,
     # would leave their rounding behind.
-    log_decay = same.float()[:, None] @ (steps * A.float().view(groups, 1, -1))
+    log_decay = same.to(dtype)[:, None] @ (steps * A.to(dtype).view(groups, 1, -1))
     return _Chunks(
         x=cut(x, x.shape[1] // groups, x.shape[2]),
         dt=steps,
@@ -299,7 +306,7 @@ def _to_chunks(values: Tensor, like: Tensor) -> Tensor:
     chunks, groups, size, per_group, width = like.shape
     if padding := chunks * size - len(values):
         values = torch.cat([values, values.new_zeros(padding, *values.shape[1:])])
-    return values.float().reshape(chunks, size, groups, per_group, width).transpose(1, 2).contiguous()
+    return values.to(like.dtype).reshape(chunks, size, groups, per_group, width).transpose(1, 2).contiguous()
 
 
 def _to_tokens(values: Tensor, tokens: int) -> Tensor:

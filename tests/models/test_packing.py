@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, RadioModel
@@ -27,9 +28,9 @@ IMAGE = 4
 
 # Worst relative differences between a packed row and its documents (see `differences`), measured over 150 random rows
 # each in train mode, in eval mode and with gradient checkpointing (60 in bfloat16). float32: logits 5.3e-7, loss
-# 1.6e-7, gradients 1.1e-5 (A_log), and 2.7e-5 once, of a query that sees little but itself. bfloat16: logits 9.6e-4,
-# loss 1.7e-7, gradients 2.2e-2 (norms of the tower).
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-4}
+# 1.6e-7, gradients 1.1e-5 (A_log), and 2.7e-5 once, of a query that sees little but itself: rounding, for in float64
+# it is 1.3e-14, the worst of all 150. bfloat16: logits 9.6e-4, loss 1.7e-7, gradients 2.2e-2 (norms of the tower).
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2**-4}
 
 
 @pytest.fixture
@@ -133,6 +134,29 @@ def test_a_packed_row_equals_its_documents(make_model, make_batch, seed, mode):
     if mode == "checkpointing":
         model.activation_checkpointing_enable({"use_reentrant": False})
     assert_equal_to_documents(model, pack(make_batch(random_rows(seed), seed)))
+
+
+class InFloat64(TorchFunctionMode):
+    """What transformers' layers compute in float32 whatever their input, in float64: nothing rounds earlier."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def wide(value):
+            return torch.float64 if value is torch.float32 else value
+
+        if func is Tensor.float:
+            return args[0].double()
+        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
+
+
+@pytest.mark.parametrize("seed", [*range(12), 69, 114])
+def test_in_float64_nothing_but_its_rounding_is_left(make_model, make_batch, seed):
+    rng = random.Random(seed)
+    model = make_model("".join(rng.choice("M*E-") for _ in range(4)), torch.float64).train()
+    model.language_model.set_experts_implementation("eager")  # the grouped product has no float64
+    with InFloat64():
+        logits = model(**pack(make_batch(random_rows(seed), seed))).logits
+        assert logits.dtype == torch.float64
+        assert_equal_to_documents(model, pack(make_batch(random_rows(seed), seed)), TOLERANCE[torch.float64])
 
 
 ROWS = {

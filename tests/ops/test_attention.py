@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,12 +15,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_vlm.ops.attention import (
     ATTENTION,
+    _varlen,
     attention_choice,
     document_attention,
     naive_document_attention,
     use_document_attention,
 )
-from lightning_vlm.segments import documents_from_lengths
+from lightning_vlm.segments import document_mask, documents_from_lengths
 
 SCALING = 0.4
 
@@ -153,6 +156,57 @@ def test_without_the_kernel_each_document_goes_through_sdpa_and_the_reason_is_na
     assert choice.name == "sdpa"
     assert choice.reason.startswith("per document: ")
     assert choice.reason.endswith(reason)
+
+
+@pytest.fixture
+def stand_in_kernel() -> Iterator[list[tuple[int, int]]]:
+    """Gives a CPU the two kernels below PyTorch's varlen function, by their contract; tells the windows asked for."""
+    windows: list[tuple[int, int]] = []
+
+    def probabilities(query, key, cu_q, cu_k, causal, scale):
+        assert torch.equal(cu_q, cu_k)
+        assert cu_q.dtype == torch.int32
+        scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+        return scores.masked_fill(~document_mask(cu_q, causal), -torch.inf).softmax(-1)
+
+    def forward(
+        query, key, value, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *,
+        scale=None, window_size_left=None, window_size_right=None, **others,
+    ):  # fmt: skip
+        assert all(tensor.is_contiguous() and tensor.dim() == 3 for tensor in (query, key, value))
+        assert (max_q, max_k) == (int(cu_q.diff().max()),) * 2
+        windows.append((window_size_left, window_size_right))
+        lse = query.new_zeros(query.shape[1], query.shape[0])
+        output = torch.einsum("hqk,khd->qhd", probabilities(query, key, cu_q, cu_k, causal, scale), value)
+        return output, lse, torch.zeros(2, dtype=torch.uint64), query.new_zeros(0), query.new_zeros(0)
+
+    def backward(
+        dy, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, rng, unused, *,
+        scale=None, window_size_left=None, window_size_right=None,
+    ):  # fmt: skip
+        p = probabilities(query, key, cu_q, cu_k, causal, scale)  # by hand: below a kernel there is no autograd
+        dp = torch.einsum("qhd,khd->hqk", dy, value)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+        pairs = ("hqk,khd->qhd", ds, key), ("hqk,qhd->khd", ds, query), ("hqk,qhd->khd", p, dy)
+        return tuple(torch.einsum(*pair) for pair in pairs)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    yield windows
+    library._destroy()
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)], ids=str)
+def test_torchs_varlen_function_over_a_stand_in_for_its_kernel(stand_in_kernel, heads, kv_heads, causal):
+    layer, documents = Layer(causal, heads, kv_heads), documents_from_lengths([5, 1, 0, 33])
+    inputs, dy = random_inputs(39, heads, kv_heads), torch.randn(1, 39, heads, 8)
+    actual = output_and_gradients(lambda values: _varlen(layer, *values, SCALING, documents), inputs, dy)
+    expected = output_and_gradients(lambda values: fast(layer, values, [5, 1, 0, 33]), inputs, dy)
+    assert stand_in_kernel == [(-1, 0) if causal else (-1, -1)]
+    for found, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)  # measured: 2e-6
 
 
 @pytest.mark.parametrize(("chosen", "kept"), [(None, ATTENTION), ("sdpa", ATTENTION), ("eager", "eager")])

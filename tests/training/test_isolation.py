@@ -84,18 +84,27 @@ def leak(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, float], Non
     AttentionInterface.register(ATTENTION, document_attention)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pattern", ["M*", "MME*-M"])
 @pytest.mark.parametrize("where", ["conv_and_silu", "scan", "attention"])
-def test_every_leak_is_found(
-    make_model: Callable[..., NemotronVL], samples: list[Sample], leak: Callable[[str, float], None], where: str
+def test_every_leak_is_found_also_where_rounding_is_allowed_for(
+    make_model: Callable[..., NemotronVL],
+    samples: list[Sample],
+    leak: Callable[[str, float], None],
+    where: str,
+    pattern: str,
+    dtype: torch.dtype,
 ) -> None:
-    model = make_model(pattern="M*")
+    model = make_model(pattern=pattern)
     leak(where, 1.0)
     for some in (samples, samples[1:]):
-        found = measure_isolation(model, some, CPU)
-        assert not found.holds
-        assert found.changed > 0
-        # Measured: 0.8, 7e-5, 0.36. With random weights the scan hands on little: the exact change on a CPU tells it.
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = measure_isolation(model, some, CPU)
+        # Least measured over three seeds: differences 0.74, 7e-5, 0.3; changes 0.022, 0.15, 0.27.
         assert found.difference > {"conv_and_silu": 0.5, "scan": 2e-5, "attention": 0.2}[where]
+        assert found.changed > {"conv_and_silu": 0.015, "scan": 0.1, "attention": 0.2}[where]
+        assert not found.holds
+        assert not replace(found, difference=0.0, change_tolerance=TOLERANCE[dtype] / 10).holds, "on a GPU"
         assert " LEAK (ssd=torch, attn=sdpa); another document's text changes this one by " in str(found)
 
 
