@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ class DataError(ValueError):
         source: Where the input came from, e.g. ``train.jsonl:12``.
         problem: What was found and what was expected.
         fix: What the user can change.
+        kind: What is wrong, in two or three words that do not depend on the row: what reports count by.
     """
 
-    def __init__(self, source: str, problem: str, fix: str) -> None:
-        super().__init__(source, problem, fix)
-        self.source, self.problem, self.fix = source, problem, fix
+    def __init__(self, source: str, problem: str, fix: str, kind: str = "row not acceptable") -> None:
+        super().__init__(source, problem, fix, kind)
+        self.source, self.problem, self.fix, self.kind = source, problem, fix, kind
 
     def __str__(self) -> str:
         return f"{self.source}: {self.problem}; {self.fix}."
@@ -51,25 +52,70 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class FileSlice:
+    """Bytes inside a larger file, read when they are needed: a member of a tar shard.
+
+    Attributes:
+        path: The larger file; its reader chose it, no row did.
+        offset: First byte.
+        size: Number of bytes.
+        name: The member's name, for errors.
+    """
+
+    path: str
+    offset: int
+    size: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image inside a turn, by reference: path under the media root, ``data:`` URI, or allowed URL."""
+    """An image inside a turn.
 
-    ref: str
+    Attributes:
+        ref: Its name, looked up by the media policy (path under the media root, ``data:`` URI, allowed URL); or the
+            image itself: encoded bytes, a `FileSlice`, a PIL image, an array of pixels.
+    """
+
+    ref: Any
 
 
-Part = Text | ImageRef
+@dataclass(frozen=True, slots=True)
+class VideoRef:
+    """A video inside a turn.
+
+    Attributes:
+        ref: As of `ImageRef`, of a video file; or a tuple of images, its frames.
+    """
+
+    ref: Any
+
+
+@dataclass(frozen=True, slots=True)
+class AudioRef:
+    """A sound inside a turn.
+
+    Attributes:
+        ref: As of `ImageRef`, of a sound file; or a pair (samples, sampling rate in Hz).
+    """
+
+    ref: Any
+
+
+MediaRef = ImageRef | VideoRef | AudioRef
+Part = Text | MediaRef
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message: who speaks, and its text and images in reading order."""
+    """One message: who speaks, and its text and media in reading order."""
 
     role: Role
     parts: tuple[Part, ...]
 
     @property
     def text(self) -> str:
-        """The turn's text without its images."""
+        """The turn's text without its media."""
         return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
@@ -82,16 +128,23 @@ class Conversation:
         source: ``file:line`` of the row; every error names it.
         references: Accepted answers for scoring the last assistant turn; that turn's own text when the row
             names none.
+        notes: What its reader changed to make sense of the row, e.g. that it placed an image.
     """
 
     turns: tuple[Turn, ...]
     source: str
     references: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def media(self) -> tuple[MediaRef, ...]:
+        """All images, videos and sounds in reading order."""
+        return tuple(part for turn in self.turns for part in turn.parts if not isinstance(part, Text))
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
         """All images in reading order."""
-        return tuple(part for turn in self.turns for part in turn.parts if isinstance(part, ImageRef))
+        return tuple(part for part in self.media if isinstance(part, ImageRef))
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ from lightning_vlm.segments import cu_seqlens_from_lengths
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference relative to the largest value; the second question allows a tenth of it on GPUs, nothing on CPUs.
-Rounding measured: 6e-7 in float32, 1e-3 in bfloat16. A leak measured 0.7 or more through the convolution and 0.3 through
+Rounding measured: 6e-7 in float32, 1e-3 in bfloat16. A leak measured 0.7 or more through the convolution, 0.3 through
 attention, but 7e-5 to 6e-3 through the scan alone of a model with random weights. By the second question it measured
 0.02 or more through the convolution, 0.27 through attention and 0.15 through the scan, in both precisions."""
 
