@@ -53,12 +53,15 @@ def conv_and_silu(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Doc
     Returns:
         ``(T, C)``.
     """
-    if choice.name == "mamba_ssm":
+    if choice.name == "mamba_ssm" and len(x) > 1:  # its backward refuses a row of one token
         from causal_conv1d import causal_conv1d_fn
 
+        if x.stride(0) % 8 or x.storage_offset() % 8:  # a view of in_proj's output; the kernel loads 16 bytes at a time
+            x = x.clone(memory_format=torch.contiguous_format)
         # (1, C, T) with neighbouring channels side by side in memory, which the kernel needs to take seq_idx
         rows = x[None].transpose(1, 2)
-        return causal_conv1d_fn(rows, weight, bias, activation="silu", seq_idx=documents.seq_idx[None])[0].T
+        y = causal_conv1d_fn(rows, weight, bias, activation="silu", seq_idx=documents.seq_idx[None])
+        return y.squeeze(0).T  # an index would have its gradient filled with zeros, and copied
     return torch.nn.functional.silu(causal_conv(x, weight, bias, documents.seq_idx))
 
 
@@ -77,11 +80,12 @@ def scan(
         documents: Boundaries.
         choice: From `mamba_choice`.
     """
-    if choice.name == "mamba_ssm":
+    if choice.name == "mamba_ssm" and len(x):  # an empty row is written out of bounds
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
         seq_idx = documents.seq_idx[None]
-        return mamba_chunk_scan_combined(x[None], dt[None], A, B[None], C[None], 256, D=D, seq_idx=seq_idx)[0]
+        y = mamba_chunk_scan_combined(x[None], dt[None], A, B[None], C[None], 256, D=D, seq_idx=seq_idx)
+        return y.squeeze(0)
     if choice.name == "fla":
         from fla.ops.simple_gla import chunk_simple_gla
 
