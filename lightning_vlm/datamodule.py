@@ -6,50 +6,55 @@ Built from plain values, does no work before `setup`, touches no device. Without
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.data.collate import PackedCollate, PaddedCollate
-from lightning_vlm.data.dataset import OverlongPolicy, SampleDataset
+from lightning_vlm.data.dataset import OverlongPolicy
 from lightning_vlm.data.ledger import Ledger
 from lightning_vlm.data.lengths import measure_lengths
 from lightning_vlm.data.loader import ResumableLoader
-from lightning_vlm.data.plan import BatchOptions, DataPlan, SamplerName, in_file_order, plan_data
+from lightning_vlm.data.plan import BatchOptions, DataPlan, SamplerName, in_file_order
 from lightning_vlm.data.samplers import EpochPlan, Position
-from lightning_vlm.data.sources import JsonlSource, open_sources
+from lightning_vlm.data.screening import BadSamplePolicy
+from lightning_vlm.data.split import ReadOptions, Split
 from lightning_vlm.data.summary import PlanSummary, summarize
 from lightning_vlm.media.load import MediaPolicy
 from lightning_vlm.processing.processor import NemotronVLProcessor
-from lightning_vlm.schema import DataError, Sample
+from lightning_vlm.schema import DataError, Sample, StoppingError
+from lightning_vlm.sources.open import DataSource, SourceLike, group_names
+from lightning_vlm.sources.rows import RowSource
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "sampler": ("shuffle", "sequential", "length_grouped", "token_budget"),
     "packing": (False, True),
     "collate": ("auto", "padded", "packed"),
     "overlong": ("error", "drop", "downscale_images"),
+    "verify": ("headers", "decode"),
 }
 
-Files = str | list[str] | None
+Files = str | DataSource | list[str | DataSource] | None
 
 
 class VLMDataModule(L.LightningDataModule):
     """Data of a vision-language model.
 
     Args:
-        train: JSONL file or files to train on.
+        train: What to train on: JSONL, JSON, Parquet or tar files, folders of Hugging Face datasets, or a `DataSource`
+            with settings of its own (format, columns, weight, media_root); from Python also opened sources such as
+            `ListSource`.
         val: Files to validate on while training.
         test: Files to test on.
         predict: Files whose last user turn is to be answered.
         processor: Folder or repository name of a processor, or a `NemotronVLProcessor`.
-        media_root: Folder that image paths start from and may not leave; each file's own folder by default.
+        media_root: Folder that media paths start from and may not leave; each file's own folder by default.
         batch_size: Samples per device and micro-batch; where a budget rules, the average number of samples that the
             default budget is made for.
         eval_batch_size: The same for validation, test and prediction; ``batch_size`` by default.
@@ -66,7 +71,13 @@ class VLMDataModule(L.LightningDataModule):
         collate: ``auto``, ``padded`` or ``packed`` (rows without padding from any sampler's batches).
         seed: Seed of the order.
         max_image_pixels: Most pixels of one image, checked before decoding.
-        allow_urls: Download images that rows name by URL. Off: such rows are errors.
+        allow_urls: Read media that rows name by URL: ``true`` for http and https, or a list of schemes, e.g. ``[s3]``.
+            Off: such samples are bad.
+        verify: How samples are looked at before training: ``headers``, or ``decode`` to read all their media in full;
+            what was found is kept, and a second start is quick.
+        max_bad_fraction: The largest share of bad samples (rows or media that cannot be used). They are left out, named
+            in ``bad_samples.jsonl`` and counted; more of them stop the run.
+        strict: The first bad sample stops the run.
         template_kwargs: Extra chat-template variables, e.g. ``{enable_thinking: false}``.
         cache_dir: Where measured lengths are kept; ``$LIGHTNING_VLM_CACHE`` or ``~/.cache/lightning_vlm`` by default.
 
@@ -94,12 +105,15 @@ class VLMDataModule(L.LightningDataModule):
         collate: str = "auto",
         seed: int = 0,
         max_image_pixels: int = 64_000_000,
-        allow_urls: bool = False,
+        allow_urls: bool | list[str] = False,
+        verify: str = "headers",
+        max_bad_fraction: float = 0.01,
+        strict: bool = False,
         template_kwargs: dict[str, Any] | None = None,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        _check_selections(sampler=sampler, packing=packing, collate=collate, overlong=overlong)
+        _check_selections(sampler=sampler, packing=packing, collate=collate, overlong=overlong, verify=verify)
         self.files = {"train": _listed(train), "val": _listed(val), "test": _listed(test), "predict": _listed(predict)}
         self.media_root = media_root
         self.batch_size = batch_size
@@ -115,11 +129,12 @@ class VLMDataModule(L.LightningDataModule):
         self.seed = seed
         self.max_image_pixels = max_image_pixels
         self.allow_urls = allow_urls
+        self.verify = verify
+        self.bad_samples = BadSamplePolicy(strict, max_bad_fraction)
         self.template_kwargs = template_kwargs
         self.cache_dir = cache_dir
         self._processor = processor
-        self._sources: dict[str, list[JsonlSource]] = {}
-        self._plans: dict[tuple[str, bool], DataPlan] = {}
+        self.splits = {name: Split(name, files, lambda: self.processor) for name, files in self.files.items()}
         self._train_loader: ResumableLoader | None = None
         self._restored: dict[str, Any] | None = None
 
@@ -149,9 +164,9 @@ class VLMDataModule(L.LightningDataModule):
         return self._processor
 
     def prepare_data(self) -> None:
-        """Measures lengths once per machine where training needs them; `setup` reads them in every process."""
-        if self._is_fitting() and self.files["train"] and self._batch_options("train").needs_lengths:
-            self._open("train")
+        """Looks at all training samples once per machine; `setup` reads what was found in every process."""
+        if self._is_fitting() and self.files["train"]:
+            self.splits["train"].open(self._reading())
             self._data_plan("train")
 
     def setup(self, stage: str | None = None) -> None:
@@ -161,26 +176,22 @@ class VLMDataModule(L.LightningDataModule):
             stage: ``fit``, ``validate``, ``test``, ``predict``, or ``None`` for all.
 
         Raises:
-            DataError: If the stage has no files, or a file or a row is not acceptable.
+            DataError: If the stage has no files, a file is not acceptable, or too many samples are not.
         """
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
         if stage and not self.files[splits[stage][0]]:
             name = splits[stage][0]
             raise DataError(f"data.{name}", f"there are no {name} files, expected at least one", f"set data.{name}")
         for split in splits[stage] if stage else self.files:
-            self._open(split)
-            if self.files[split] and self._batch_options(split).needs_lengths:
+            if self.files[split]:
+                self.splits[split].open(self._reading())
                 self._data_plan(split)
         if stage == "fit":  # a fit starts at the beginning unless its checkpoint, restored after this, says otherwise
             self._train_loader = self._restored = None
 
     def groups(self, split: str) -> dict[str, str]:
-        """The name that each file's scores are logged under: its stem, with its folder's name where stems are equal."""
-        paths = [Path(file) for file in self.files[split]]
-        stems = [path.stem for path in paths]
-        return {
-            str(path): path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}_{path.stem}" for path in paths
-        }
+        """The name that each source's scores are logged under, by its path."""
+        return group_names(self.files[split])
 
     def train_plan(self) -> EpochPlan:
         """The plan of training epochs: its length is the number of micro-batches of a rank."""
@@ -194,6 +205,7 @@ class VLMDataModule(L.LightningDataModule):
         """
         plan = self._data_plan("train")
         lengths = plan.lengths or measure_lengths(plan.dataset, self.num_workers, self.cache_dir)
+        self.bad_samples.check(lengths.errors, len(lengths), "data.train")
         ranks = self._ranks()[0] if world_size is None else world_size
         return summarize(plan, lengths, ranks, self.batch_size, self.packs_rows)
 
@@ -248,17 +260,24 @@ class VLMDataModule(L.LightningDataModule):
         """
         if self._train_loader is None:
             raise RuntimeError("no training is under way; a ledger belongs to an epoch of train_dataloader()")
-        plan = self._data_plan("train")
-        kept = np.arange(len(plan.dataset)) if plan.overlong is None else plan.overlong.kept
+        members = self._data_plan("train").members
         position = replace(self._train_loader.position, yielded=yielded)
         _, rank = self._ranks()
-        return Ledger(self._train_loader.plan, position, rank, kept)
+        return Ledger(self._train_loader.plan, position, rank, members[position.epoch % len(members)])
 
     @property
     def num_dropped(self) -> int:
         """Training samples that are left out because they exceed a limit."""
         overlong = self._data_plan("train").overlong
         return 0 if overlong is None else len(overlong.dropped)
+
+    def known_bad(self, split: str) -> dict[int, DataError]:
+        """Samples of a split that were found to be bad before they were needed, by their number."""
+        return self._data_plan(split).bad if self.files[split] else {}
+
+    def num_samples(self, split: str) -> int:
+        """Samples of a split, bad ones included."""
+        return len(self._data_plan(split).dataset)
 
     @property
     def packs_rows(self) -> bool:
@@ -268,39 +287,44 @@ class VLMDataModule(L.LightningDataModule):
     def probe_samples(self, count: int = 2) -> list[Sample]:
         """The first samples that training will see, for checks before it starts."""
         plan = self.train_plan()
-        indices = [index for batch in plan.batches(Position())[:count] for index in batch.indices]
         dataset = self._data_plan("train").dataset
-        return [dataset[index] for index in indices[:count]]
+        found: list[Sample] = []
+        for index in (index for batch in plan.batches(Position()) for index in batch.indices):
+            if len(found) == count:
+                break
+            try:
+                found.append(dataset[index])
+            except StoppingError:
+                raise
+            except DataError:  # a bad sample is told of when training comes to it
+                continue
+        return found
 
     def _eval_loader(self, split: str) -> ResumableLoader | list[Any]:
         return self._loader(split, self._epoch_plan(split)) if self.files[split] else []
 
     def _epoch_plan(self, split: str, shuffled: bool = True) -> EpochPlan:
-        fingerprints = "".join(source.fingerprint for source in self._opened(split))
         world_size, _ = self._ranks()
         batcher = self._data_plan(split, shuffled).batcher
-        return EpochPlan(batcher, world_size, hashlib.sha256(fingerprints.encode()).hexdigest()[:16])
+        return EpochPlan(batcher, world_size, self.splits[split].fingerprint)
 
     def _data_plan(self, split: str, shuffled: bool = True) -> DataPlan:
-        """Made once per split; its reports are told then."""
-        key = (split, shuffled)
-        if key not in self._plans:
-            options = self._batch_options(split)
-            plan = plan_data(
-                self._dataset(split, options),
-                options if shuffled else in_file_order(options),
-                self.num_workers,
-                self.cache_dir,
-                show_progress=self.trainer is None or self.trainer.is_global_zero,
-            )
-            if shuffled and plan.overlong is not None and plan.overlong.message:
-                rank_zero_info(f"{split}: {plan.overlong.message}")
-            self._plans[key] = plan
-        return self._plans[key]
+        options = self._batch_options(split)
+        show_progress = self.trainer is None or self.trainer.is_global_zero
+        options = options if shuffled else in_file_order(options)
+        return self.splits[split].plan(options, self._reading(), show_progress, rank_zero_info)
+
+    def _reading(self) -> ReadOptions:
+        urls = self.allow_urls if isinstance(self.allow_urls, bool) else tuple(self.allow_urls)
+        media = MediaPolicy(Path(), self.max_image_pixels, urls)
+        return ReadOptions(
+            self.media_root, media, self.template_kwargs, self.cache_dir, self.num_workers, self.bad_samples
+        )
 
     def _batch_options(self, split: str) -> BatchOptions:
         if split != "train":  # evaluation generates answers, for which rows are padded
-            return BatchOptions("sequential", False, self.eval_batch_size, self.max_tokens, overlong=self.overlong)
+            options = BatchOptions("sequential", False, self.eval_batch_size, self.max_tokens, overlong=self.overlong)
+            return replace(options, decodes=self.verify == "decode")
         return BatchOptions(
             self.sampler,
             self.packing,
@@ -310,19 +334,7 @@ class VLMDataModule(L.LightningDataModule):
             self.batch_patches,
             self.overlong,
             self.seed,
-        )
-
-    def _dataset(self, split: str, options: BatchOptions) -> SampleDataset:
-        return SampleDataset(
-            self._opened(split),
-            self.processor,
-            MediaPolicy(Path(), self.max_image_pixels, self.allow_urls),
-            Path(self.media_root) if self.media_root else None,
-            self.max_tokens,
-            answer=split == "predict",
-            template_kwargs=self.template_kwargs,
-            limit=options.sample_limit,
-            overlong=self.overlong,
+            self.verify == "decode",
         )
 
     def _loader(self, split: str, plan: EpochPlan, **options: Any) -> ResumableLoader:
@@ -335,21 +347,10 @@ class VLMDataModule(L.LightningDataModule):
             rank=rank,
             num_workers=self.num_workers,
             pin_memory=self._pins_memory(),
+            strict=self.bad_samples.strict,
+            blank_token_id=self.processor.pad_token_id,
             **options,
         )
-
-    def _open(self, split: str) -> None:
-        opened = self._sources.get(split)
-        if opened is None or any(source.has_changed() for source in opened):
-            self._sources[split] = open_sources(self.files[split], needs_answer=split != "predict")
-            self._plans = {key: plan for key, plan in self._plans.items() if key[0] != split}
-
-    def _opened(self, split: str) -> list[JsonlSource]:
-        if not self.files[split]:
-            raise ValueError(f"VLMDataModule has no {split} files; pass {split}='file.jsonl'")
-        if split not in self._sources:
-            raise RuntimeError(f"the {split} files are not open; call setup() first")
-        return self._sources[split]
 
     def _is_fitting(self) -> bool:
         """Whether a Trainer's fit is under way; after it, the datamodule stands alone again."""
@@ -378,5 +379,7 @@ def _check_selections(**selections: Any) -> None:
         )
 
 
-def _listed(files: Files) -> list[str]:
-    return [files] if isinstance(files, (str, Path)) else [str(file) for file in files or []]
+def _listed(files: Any) -> list[SourceLike]:
+    if isinstance(files, (str, Path, DataSource, RowSource, Mapping)):
+        files = [files]
+    return [str(file) if isinstance(file, Path) else file for file in files or []]

@@ -8,7 +8,7 @@ made. The error that every room of the data path raises, `DataError`, lives here
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
 import torch
@@ -37,6 +37,10 @@ class DataError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.source}: {self.problem}; {self.fix}."
+
+
+class StoppingError(DataError):
+    """Wrong input that is no single bad sample, but a setting or a change under way: it stops what it happens in."""
 
 
 def file_of(source: str) -> str:
@@ -220,6 +224,7 @@ class VLMBatch:
             it in.
         cu_seqlens: ``(B + 1,)`` int32 document boundaries of a packed row, or ``None``.
         indices: ``(B,)`` int64 numbers of the samples in their dataset; the loader fills them in.
+        skipped: Planned samples that are not in the batch because they are bad: their numbers, and what is wrong.
     """
 
     input_ids: Tensor
@@ -237,6 +242,7 @@ class VLMBatch:
     step_label_tokens: int = 0
     cu_seqlens: Tensor | None = None
     indices: Tensor | None = None
+    skipped: dict[int, DataError] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sources)

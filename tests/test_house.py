@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 STEPS = {
     **dict.fromkeys(("schema", "geometry", "segments"), 0),
     **dict.fromkeys(("media", "ops"), 1),
-    **dict.fromkeys(("processing", "models"), 2),
+    **dict.fromkeys(("processing", "models", "sources"), 2),
     **dict.fromkeys(("data", "training", "strategies", "checkpoint"), 3),
     **dict.fromkeys(("datamodule", "automodel"), 4),
     "callbacks": 5,
@@ -29,7 +29,7 @@ STEPS = {
     "cli": 8,
 }
 # The data half (rows to batches) and the model half (network to step) meet on step 0 only...
-HALVES = [({"media", "processing", "data", "automodel"}, {"models", "training"})]
+HALVES = [({"media", "sources", "processing", "data", "automodel"}, {"models", "training"})]
 # ...except where a room's purpose is to join them, or is told not to need the other at import time.
 JOINTS = {
     ("processing/image_processor.py", "ops"),  # one normalisation formula for tower and processor

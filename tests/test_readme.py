@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lightning_vlm.cli import main
-from lightning_vlm.data.formats import parse_row
+from lightning_vlm.sources.formats import parse_row
 from lightning_vlm.data.synthetic import write_digits
 
 ROOT = Path(__file__).parents[1]

@@ -63,7 +63,7 @@ class FixedBatches:
     @property
     def fingerprint(self) -> str:
         """See `Batcher`."""
-        return _fingerprint("fixed", self.num_samples, self.batch_size, self.shuffle, self.seed)
+        return fingerprint_of("fixed", self.num_samples, self.batch_size, self.shuffle, self.seed)
 
 
 class LengthGroupedBatches:
@@ -100,7 +100,7 @@ class LengthGroupedBatches:
     @property
     def fingerprint(self) -> str:
         """See `Batcher`."""
-        return _fingerprint("length_grouped", self.tokens, self.batch_size, self.seed)
+        return fingerprint_of("length_grouped", self.tokens, self.batch_size, self.seed)
 
 
 class TokenBudgetBatches:
@@ -142,7 +142,7 @@ class TokenBudgetBatches:
     @property
     def fingerprint(self) -> str:
         """See `Batcher`."""
-        return _fingerprint("token_budget", self.tokens, self.patches, self.budget, self.shuffle, self.seed)
+        return fingerprint_of("token_budget", self.tokens, self.patches, self.budget, self.shuffle, self.seed)
 
     def _cut_by_budget(self) -> np.ndarray:
         lengths, patches = self.tokens[self._shapes].tolist(), self.patches[self._shapes].tolist()
@@ -200,7 +200,7 @@ class PackedBatches:
     @property
     def fingerprint(self) -> str:
         """See `Batcher`."""
-        return _fingerprint("packed", self.tokens, self.patches, self.budget, self.shuffle, self.seed)
+        return fingerprint_of("packed", self.tokens, self.patches, self.budget, self.shuffle, self.seed)
 
 
 class SubsetBatches:
@@ -225,7 +225,7 @@ class SubsetBatches:
     @property
     def fingerprint(self) -> str:
         """See `Batcher`."""
-        return _fingerprint("subset", self.inner.fingerprint, self.kept)
+        return fingerprint_of("subset", self.inner.fingerprint, self.kept)
 
 
 def _cut(order: np.ndarray, batch_size: int, world_size: int) -> list[np.ndarray]:
@@ -259,7 +259,8 @@ def _generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
-def _fingerprint(*parts: object) -> str:
+def fingerprint_of(*parts: object) -> str:
+    """A short name that changes with any of the parts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else repr(part).encode())

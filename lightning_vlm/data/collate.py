@@ -65,6 +65,24 @@ class PackedCollate:
         )
 
 
+def blank_sample(token_id: int) -> Sample:
+    """What stands for a batch of which every sample is bad: one token, nothing to learn.
+
+    Args:
+        token_id: The token.
+    """
+    return Sample(
+        input_ids=torch.tensor([token_id]),
+        labels=torch.tensor([IGNORE_INDEX]),
+        pixel_values=None,
+        image_grid_hw=None,
+        prompt_length=1,
+        prompt="",
+        references=(),
+        source="stand-in",
+    )
+
+
 def _per_sample(samples: Sequence[Sample], counted: bool) -> dict[str, Any]:
     """What both kinds of batches hold per sample, and all images in reading order."""
     grids = [sample.image_grid_hw for sample in samples if sample.image_grid_hw is not None]

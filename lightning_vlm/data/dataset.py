@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from lightning_vlm.data.lengths import LengthTable
-from lightning_vlm.data.sources import JsonlSource
-from lightning_vlm.media.load import MediaPolicy, image_size, load_image
+from lightning_vlm.media.load import MediaPolicy, load_image, verify_image
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.processing.sizes import SampleLimit, SampleSize
-from lightning_vlm.schema import Conversation, DataError, Sample
+from lightning_vlm.schema import Conversation, Sample, StoppingError
+from lightning_vlm.sources.files import is_url
+from lightning_vlm.sources.rows import RowSource
 
 OverlongPolicy = Literal["error", "drop", "downscale_images"]
 
@@ -28,10 +29,9 @@ class SampleDataset:
     """All rows of several sources as Samples.
 
     Args:
-        sources: The files, in order.
+        sources: Where the rows are, in order.
         processor: Encodes conversations.
-        policy: What media may be read; its ``media_root`` is replaced by each file's folder when it is ``None`` there.
-        media_root: Folder that image paths start from; each file's own folder when ``None``.
+        policy: What media may be read; its ``media_root`` is replaced by that of each source.
         max_tokens: Longest sample, in tokens; longer ones are an error, never cut.
         answer: Samples end with a generation prompt instead of the row's last assistant turn.
         template_kwargs: Extra chat-template variables.
@@ -46,10 +46,9 @@ class SampleDataset:
 
     def __init__(
         self,
-        sources: Sequence[JsonlSource],
+        sources: Sequence[RowSource],
         processor: NemotronVLProcessor,
         policy: MediaPolicy,
-        media_root: Path | None = None,
         max_tokens: int | None = None,
         answer: bool = False,
         template_kwargs: dict[str, Any] | None = None,
@@ -64,7 +63,7 @@ class SampleDataset:
         self.template_kwargs = template_kwargs
         self.limit = limit
         self.overlong = overlong
-        self.policies = [replace(policy, media_root=media_root or source.path.parent) for source in self.sources]
+        self.policies = [replace(policy, media_root=_root(source.media_root)) for source in self.sources]
         self._ends = list(itertools.accumulate(len(source) for source in self.sources))
         self.lengths = self._checked(lengths)
 
@@ -86,7 +85,8 @@ class SampleDataset:
         """Encodes one row.
 
         Raises:
-            DataError: If the row, an image, or the sample's length is not acceptable.
+            DataError: If the row or an image is not acceptable.
+            StoppingError: If the sample is too long, or not as long as it was measured.
         """
         source, row, policy = self._locate(index)
         conversation = source.conversation(row)
@@ -95,15 +95,28 @@ class SampleDataset:
         self._check_length(sample, index, len(images))
         return sample
 
-    def size(self, index: int) -> SampleSize:
-        """The size of ``self[index]`` from the row and the headers of its images; too long is no error here.
+    def conversation(self, index: int) -> Conversation:
+        """What a row means, nothing loaded.
 
         Raises:
-            DataError: If the row or an image's header is not acceptable.
+            DataError: If the row is not acceptable.
+        """
+        source, row, _ = self._locate(index)
+        return source.conversation(row)
+
+    def size(self, index: int, decode: bool = False) -> SampleSize:
+        """The size of ``self[index]`` from the row and the headers of its images; too long is no error here.
+
+        Args:
+            index: The sample.
+            decode: Decode the images too, to find damage that their headers do not show.
+
+        Raises:
+            DataError: If the row or an image is not acceptable.
         """
         source, row, policy = self._locate(index)
         conversation = source.conversation(row)
-        sizes = [image_size(image.ref, policy, conversation.source) for image in conversation.images]
+        sizes = [verify_image(image.ref, policy, conversation.source, decode) for image in conversation.images]
         return self.processor.measure(conversation, sizes, **self._options(conversation))
 
     def place(self, index: int) -> str:
@@ -111,7 +124,7 @@ class SampleDataset:
         source, row, _ = self._locate(index)
         return source.place(row)
 
-    def _locate(self, index: int) -> tuple[JsonlSource, int, MediaPolicy]:
+    def _locate(self, index: int) -> tuple[RowSource, int, MediaPolicy]:
         which = bisect.bisect_right(self._ends, index)
         return self.sources[which], index - (self._ends[which - 1] if which else 0), self.policies[which]
 
@@ -130,23 +143,30 @@ class SampleDataset:
             expected_tokens, expected_patches = int(self.lengths.tokens[index]), int(self.lengths.patches[index])
             if (tokens, patches) != (expected_tokens, expected_patches):
                 path = self.lengths.path
-                raise DataError(
+                raise StoppingError(
                     sample.source,
                     f"the sample has {tokens} tokens and {patches} vision patches, expected {expected_tokens} and "
                     f"{expected_patches} as it was measured (an image or the row has changed since)",
                     f"delete {str(path)!r} and start again" if path else "measure the samples again",
+                    "changed since it was measured",
                 )
         if self.max_tokens is not None and len(sample) > self.max_tokens:
-            raise DataError(
+            raise StoppingError(
                 sample.source,
                 f"the sample has {len(sample)} tokens with {num_images} image(s), expected at most max_tokens = "
                 f"{self.max_tokens}",
                 "raise max_tokens, lower the processor's max_num_patches, or shorten the row",
+                "too long",
             )
         if self.limit is not None and not self.limit.holds(tokens, patches):
-            raise DataError(
+            raise StoppingError(
                 sample.source,
                 f"the sample has {tokens} tokens and {patches} vision patches with {num_images} image(s), expected at "
                 f"most {self.limit}",
                 "raise the limit, set overlong to drop or downscale_images, or shorten the row",
+                "too long",
             )
+
+
+def _root(folder: str) -> Path | str:
+    return folder if is_url(folder) else Path(folder)

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import tokenizers
-import torch
 import transformers
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from lightning_vlm.data.passes import pass_over
+from lightning_vlm.data.screening import from_records, placed, to_records
 from lightning_vlm.schema import DataError
+from lightning_vlm.sources.files import cache_root
 
 if TYPE_CHECKING:
     from lightning_vlm.data.dataset import SampleDataset
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
 # Workers are forked after the tokenizer was used; its own thread pool would only warn and contend there.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """To be raised when the same data, processor and settings get another length, or the file another form."""
 
 _COLUMNS = {"tokens": "int32", "patches": "int32", "images": "int32", "scaled": "bool"}
-_CHUNK = 256
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +49,7 @@ class LengthTable:
         patches: ``(N,)`` int32 vision patches.
         images: ``(N,)`` int32 number of images.
         scaled: ``(N,)`` bool, whether images were made smaller to fit the limit.
+        errors: What is wrong with bad samples, by index; their sizes are 0.
         path: The file that it was read from or written to.
 
     Raises:
@@ -60,6 +60,7 @@ class LengthTable:
     patches: np.ndarray
     images: np.ndarray
     scaled: np.ndarray
+    errors: dict[int, DataError] = field(default_factory=dict)
     path: Path | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -88,7 +89,9 @@ class LengthTable:
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             with unfinished.open("wb") as file:
-                np.savez_compressed(file, key=np.array(key), **{name: getattr(self, name) for name in _COLUMNS})
+                columns = {name: getattr(self, name) for name in _COLUMNS}
+                errors = np.frombuffer(json.dumps(to_records(self.errors)).encode(), dtype=np.uint8)
+                np.savez_compressed(file, key=np.array(key), errors=errors, **columns)
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -109,7 +112,8 @@ class LengthTable:
         try:
             with np.load(path, allow_pickle=False) as file:
                 found, columns = str(file["key"]), {name: file[name] for name in _COLUMNS}
-            table = cls(**columns, path=path)
+                errors = from_records(json.loads(file["errors"].tobytes()))
+            table = cls(**columns, errors=errors, path=path)
         except FileNotFoundError:
             raise
         except Exception as error:  # zip, zlib and NumPy raise almost any kind for a damaged file
@@ -124,29 +128,43 @@ def measure_lengths(
     num_workers: int = 0,
     cache_dir: str | Path | None = None,
     show_progress: bool = True,
+    decode: bool = False,
 ) -> LengthTable:
     """Measures every sample, or reads what was measured before.
+
+    A sample whose row or media cannot be used has size 0 and an entry in `LengthTable.errors`.
 
     Args:
         dataset: The samples.
         num_workers: Processes that measure; 0 measures in this one.
         cache_dir: Folder of the tables; `default_cache_dir` when ``None``.
         show_progress: Show a progress bar on stderr while measuring.
-
-    Raises:
-        DataError: At the first sample whose row or image is not acceptable.
+        decode: Decode every medium too, to find damage that headers do not show; the sizes are the same.
     """
-    key = lengths_key(dataset)
-    path = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / f"{key}.npz"
-    if path.exists():
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    for thorough in (True,) if decode else (True, False):  # what was decoded serves either wish
+        key = lengths_key(dataset, thorough)
+        path = folder / f"{key}.npz"
+        if not path.exists():
+            continue
         try:
             table = LengthTable.load(path, key)
             if len(table) != len(dataset):
                 raise ValueError(f"{path} holds the lengths of {len(table)} samples, expected {len(dataset)}")
-            return table
+            return replace(table, errors=placed(table.errors, dataset))
         except (FileNotFoundError, ValueError) as error:  # damaged, or removed just now
             _log.warning("%s; the samples are measured again", error)
-    table = _measure(dataset, num_workers, show_progress)
+
+    def look(index: int) -> tuple[int, ...]:
+        size = dataset.size(index, decode)
+        return size.tokens, size.patches, size.images, size.scaled
+
+    description = "decoding media" if decode else "measuring lengths"
+    sizes, errors = pass_over(len(dataset), look, len(_COLUMNS), description, num_workers, show_progress)
+    tokens, patches, images, scaled = np.ascontiguousarray(sizes.T)
+    table = LengthTable(tokens, patches, images, scaled.astype(np.bool_), errors)
+    key = lengths_key(dataset, decode)
+    path = folder / f"{key}.npz"
     try:
         table.save(path, key)
     except OSError as error:
@@ -156,15 +174,20 @@ def measure_lengths(
 
 
 def default_cache_dir() -> Path:
-    """``lengths`` in ``$LIGHTNING_VLM_CACHE``, or else in ``~/.cache/lightning_vlm``."""
-    return Path(os.environ.get("LIGHTNING_VLM_CACHE") or Path.home() / ".cache" / "lightning_vlm") / "lengths"
+    """``lengths`` in `cache_root`."""
+    return cache_root() / "lengths"
 
 
-def lengths_key(dataset: SampleDataset) -> str:
-    """Names everything that the lengths of a dataset follow from, the content of its images left out."""
+def lengths_key(dataset: SampleDataset, decode: bool = False) -> str:
+    """Names everything that the lengths of a dataset follow from, the content of its images left out.
+
+    Args:
+        dataset: The samples.
+        decode: Whether their media were decoded.
+    """
     limit = dataset.image_limit
     sources = [
-        [source.fingerprint, len(source), source.needs_answer, str(policy.media_root.resolve())]
+        [source.fingerprint, len(source), repr(source.layout), _resolved(policy.media_root)]
         for source, policy in zip(dataset.sources, dataset.policies)
     ]
     # Not that a policy changes a length, but what it refuses now must not pass because it was measured before.
@@ -178,8 +201,13 @@ def lengths_key(dataset: SampleDataset) -> str:
         "processor": processor_fingerprint(dataset.processor),
         "template_kwargs": dataset.template_kwargs,
         "limit": None if limit is None else asdict(limit),
+        "decode": decode,
     }
     return _digest(parts)
+
+
+def _resolved(folder: Path | str) -> str:
+    return str(folder.resolve()) if isinstance(folder, Path) else folder
 
 
 def processor_fingerprint(processor: NemotronVLProcessor) -> str:
@@ -202,47 +230,3 @@ def processor_fingerprint(processor: NemotronVLProcessor) -> str:
 
 def _digest(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-class _Chunks(Dataset):
-    """Indices -> their sizes. A DataError travels back as a value: raised in a worker it would be a traceback."""
-
-    def __init__(self, samples: SampleDataset) -> None:
-        self.samples = samples
-
-    def __getitem__(self, indices: range) -> np.ndarray | DataError:
-        sizes = np.empty((len(indices), len(_COLUMNS)), dtype=np.int32)
-        try:
-            for row, index in enumerate(indices):
-                size = self.samples.size(index)
-                sizes[row] = size.tokens, size.patches, size.images, size.scaled
-        except DataError as error:
-            return error
-        return sizes
-
-
-def _measure(dataset: SampleDataset, num_workers: int, show_progress: bool) -> LengthTable:
-    total = len(dataset)
-    step = max(1, min(_CHUNK, total // max(4 * num_workers, 1)))
-    chunks = [range(start, min(start + step, total)) for start in range(0, total, step)]
-    loader: DataLoader = DataLoader(
-        _Chunks(dataset),
-        batch_size=None,  # an item is a whole chunk
-        sampler=chunks,
-        collate_fn=_identity,
-        num_workers=min(num_workers, len(chunks)),
-        generator=torch.Generator(),  # not torch's own: whether the lengths were cached must not change a run's numbers
-    )
-    sizes = np.empty((total, len(_COLUMNS)), dtype=np.int32)
-    with tqdm(total=total, desc="measuring lengths", unit=" samples", disable=not show_progress) as bar:
-        for chunk, measured in zip(chunks, loader):
-            if isinstance(measured, DataError):
-                raise measured
-            sizes[chunk.start : chunk.stop] = measured
-            bar.update(len(chunk))
-    tokens, patches, images, scaled = np.ascontiguousarray(sizes.T)
-    return LengthTable(tokens, patches, images, scaled.astype(np.bool_))
-
-
-def _identity(chunk: Any) -> Any:
-    return chunk

@@ -16,22 +16,40 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_vlm.data.collate import blank_sample
 from lightning_vlm.data.samplers import EpochPlan, PlannedBatch, Position
-from lightning_vlm.schema import DataError, Sample, VLMBatch
+from lightning_vlm.schema import DataError, Sample, StoppingError, VLMBatch
 
 
 class _BatchDataset(Dataset):
-    """Planned batch -> VLMBatch. A DataError travels back as a value: raised in a worker it would be a traceback."""
+    """Planned batch -> VLMBatch of its good samples, the bad ones beside it.
 
-    def __init__(self, samples: Any, collate: Callable[[Sequence[Sample], bool], VLMBatch]) -> None:
-        self.samples, self.collate = samples, collate
+    An error that stops travels back as a value: raised in a worker it would be a traceback.
+    """
+
+    def __init__(
+        self, samples: Any, collate: Callable[[Sequence[Sample], bool], VLMBatch], strict: bool, blank_token_id: int
+    ) -> None:
+        self.samples, self.collate, self.strict = samples, collate, strict
+        self.blank = blank_sample(blank_token_id)
 
     def __getitem__(self, planned: PlannedBatch) -> VLMBatch | DataError:
-        try:
-            batch = self.collate([self.samples[index] for index in planned.indices], planned.counted)
-        except DataError as error:
-            return error
-        batch.indices = torch.tensor(planned.indices)
+        bad: dict[int, DataError] = {}
+        found: list[Sample] = []
+        for index in planned.indices:
+            try:
+                found.append(self.samples[index])
+            except DataError as error:
+                if self.strict or isinstance(error, StoppingError):
+                    return error
+                bad[index] = error
+        good_indices = [index for index in planned.indices if index not in bad]
+        if found:
+            batch = self.collate(found, planned.counted)
+        else:  # this rank takes the step with the others all the same
+            batch, good_indices = self.collate([self.blank], False), list(planned.indices[:1])
+        batch.indices = torch.tensor(good_indices)
+        batch.skipped = bad if planned.counted else {}
         return batch
 
 
@@ -47,6 +65,8 @@ class ResumableLoader:
         pin_memory: Pin tensors for a faster transfer to a GPU.
         micro_batches: Returns how many micro-batches form an optimizer step.
         stop: Returns how many batches of an epoch will be taken (``limit_train_batches``).
+        strict: A bad sample is an error; otherwise its batch comes without it.
+        blank_token_id: Token of the stand-in for a batch of bad samples alone.
     """
 
     def __init__(
@@ -59,12 +79,14 @@ class ResumableLoader:
         pin_memory: bool = False,
         micro_batches: Callable[[], int] = lambda: 1,
         stop: Callable[[], int] | None = None,
+        strict: bool = True,
+        blank_token_id: int = 0,
     ) -> None:
         self.plan = plan
         self.rank = rank
         self.position = Position()
         self._start = Position()
-        self._batches = _BatchDataset(samples, collate)
+        self._batches = _BatchDataset(samples, collate, strict, blank_token_id)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
         self._micro_batches = micro_batches

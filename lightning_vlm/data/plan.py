@@ -7,7 +7,7 @@ because that takes one reading of all rows and image headers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +23,12 @@ from lightning_vlm.data.batching import (
 )
 from lightning_vlm.data.dataset import OverlongPolicy, SampleDataset
 from lightning_vlm.data.lengths import LengthTable, measure_lengths
+from lightning_vlm.data.mixture import CycleBatches, members_by_epoch
 from lightning_vlm.data.overlong import OverlongReport, report_overlong
 from lightning_vlm.data.packing import PackBudget
+from lightning_vlm.data.screening import BadSamplePolicy, find_bad_rows, named, told
 from lightning_vlm.processing.sizes import SampleLimit
+from lightning_vlm.schema import DataError
 
 SamplerName = Literal["shuffle", "sequential", "length_grouped", "token_budget"]
 
@@ -42,6 +45,7 @@ class BatchOptions:
     batch_patches: int | None = None
     overlong: OverlongPolicy = "error"
     seed: int = 0
+    decodes: bool = False
     in_order: bool = False
 
     @property
@@ -77,16 +81,33 @@ class DataPlan:
     Attributes:
         dataset: The samples; each is checked against its length where that is known.
         batcher: Makes the batches.
+        members: The samples of each epoch, in turn; one array where all epochs have the same.
         lengths: Of all samples, or ``None`` where nothing needs them.
         overlong: What became of samples over the limit; ``None`` where lengths are not known.
         budget: What a batch may hold; ``None`` without one.
+        bad: Samples that are left out because they cannot be used, with the reason.
     """
 
     dataset: SampleDataset
     batcher: Batcher
+    members: list[np.ndarray]
     lengths: LengthTable | None = None
     overlong: OverlongReport | None = None
     budget: PackBudget | None = None
+    bad: dict[int, DataError] = field(default_factory=dict)
+
+    @property
+    def messages(self) -> list[str]:
+        """What the user should know of samples that are left out or changed."""
+        found = []
+        if self.bad:
+            total, errors = len(self.dataset), self.bad.values()
+            found.append(
+                f"{told(len(errors), total)} cannot be used and will not be trained on: {named(errors, len(errors))}"
+            )
+        if self.overlong is not None and self.overlong.message:
+            found.append(self.overlong.message)
+        return found
 
 
 def plan_data(
@@ -95,34 +116,60 @@ def plan_data(
     num_workers: int = 0,
     cache_dir: str | Path | None = None,
     show_progress: bool = True,
+    policy: BadSamplePolicy | None = None,
+    where: str = "data",
 ) -> DataPlan:
     """Settles how a dataset is batched.
 
     Args:
-        dataset: The samples, made with the options' ``sample_limit`` and ``overlong``.
+        dataset: The samples.
         options: The user's choices.
-        num_workers: Processes that measure lengths.
-        cache_dir: Where measured lengths are kept, see `measure_lengths`.
+        num_workers: Processes that measure.
+        cache_dir: Where measured lengths are kept.
         show_progress: Show a progress bar while measuring.
+        policy: What bad samples may do; the first stops it when ``None``.
+        where: What errors call the dataset.
 
     Raises:
-        DataError: If a row or an image is not acceptable, or a sample is too long under the policy ``error``.
+        DataError: If too many rows or images are not acceptable, or a sample is too long under the policy ``error``.
     """
+    policy = policy or BadSamplePolicy(strict=True)
     total = len(dataset)
-    if not options.needs_lengths:
-        return DataPlan(dataset, FixedBatches(total, options.batch_size, options.shuffles, options.seed))
-    lengths = measure_lengths(dataset, num_workers, cache_dir, show_progress)
-    dataset = dataset.with_lengths(lengths)
-    overlong = OverlongReport(np.arange(total), np.arange(0))
-    if (limit := options.sample_limit) is not None:
+    lengths = overlong = None
+    if options.needs_lengths or options.decodes:
+        lengths = measure_lengths(dataset, num_workers, cache_dir, show_progress, options.decodes)
+        dataset, bad = dataset.with_lengths(lengths), lengths.errors
+    else:
+        bad = find_bad_rows(dataset, num_workers, cache_dir, show_progress)
+    policy.check(bad, total, where)
+    kept = np.setdiff1d(np.arange(total), list(bad), assume_unique=True)
+    if not len(kept):
+        raise DataError(where, f"none of the {total:,} samples can be used", "correct the data", "too many bad samples")
+    if lengths is not None and (limit := options.sample_limit) is not None:
         overlong = report_overlong(dataset, lengths, limit, options.overlong)
-    tokens = lengths.tokens[overlong.kept].astype(np.int64)
-    patches = lengths.patches[overlong.kept].astype(np.int64)
-    budget = _budget(tokens, options) if options.has_budget else None
-    batcher = _batcher(tokens, patches, budget, options)
-    if len(overlong.dropped):
-        batcher = SubsetBatches(batcher, overlong.kept)
-    return DataPlan(dataset, batcher, lengths, overlong, budget)
+        kept = np.setdiff1d(overlong.kept, list(bad), assume_unique=True)
+    weights = np.concatenate([np.full(len(source), source.weight) for source in dataset.sources])[kept]
+    members = members_by_epoch(kept, weights, options.seed)
+    budget = None
+    if lengths is not None and options.has_budget:
+        budget = _budget(lengths.tokens[kept].astype(np.int64), options)
+    parts = [_part(own, lengths, budget, options, total) for own in members]
+    batcher = parts[0] if len(parts) == 1 else CycleBatches(parts)
+    return DataPlan(dataset, batcher, members, lengths, overlong, budget, bad)
+
+
+def _part(
+    members: np.ndarray, lengths: LengthTable | None, budget: PackBudget | None, options: BatchOptions, total: int
+) -> Batcher:
+    """The batcher of some samples; of all of them, one that needs no list."""
+    if lengths is None:
+        batcher: Batcher = FixedBatches(len(members), options.batch_size, options.shuffles, options.seed)
+    else:
+        tokens = lengths.tokens[members].astype(np.int64)
+        patches = lengths.patches[members].astype(np.int64)
+        batcher = _batcher(tokens, patches, budget, options)
+    everything = len(members) == total and np.array_equal(members, np.arange(total))
+    return batcher if everything else SubsetBatches(batcher, members)
 
 
 def in_file_order(options: BatchOptions) -> BatchOptions:

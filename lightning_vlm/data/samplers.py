@@ -93,12 +93,14 @@ class EpochPlan:
         """
         batches = self.remaining(position)
         start = (position.yielded - self.offset(position)) * self.world_size
+        stop = (len(self) - self.offset(position)) * self.world_size
         planned = []
-        for step in range(start, len(batches), self.world_size):
+        for step in range(start, stop, self.world_size):
             if step + rank < len(batches):
                 planned.append(PlannedBatch(tuple(batches[step + rank].tolist())))
             else:
-                planned.append(PlannedBatch((int(batches[step][0]),), counted=False))
+                stand_in = batches[min(step, len(batches) - 1)]
+                planned.append(PlannedBatch((int(stand_in[0]),), counted=False))
         return planned
 
     def state(self, position: Position) -> dict[str, Any]:

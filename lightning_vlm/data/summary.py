@@ -54,6 +54,8 @@ class PlanSummary:
     Attributes:
         sources: Per file.
         dropped: Samples that are left out because they exceed a limit.
+        bad: Samples that are left out because they cannot be used.
+        cycle: Epochs after which the same samples come again: more than 1 with broken weights.
         scaled: Samples whose images are made smaller to fit.
         packed: Whether rows are packed.
         budget: What a batch may hold, or ``None``.
@@ -70,6 +72,8 @@ class PlanSummary:
 
     sources: tuple[SourceSummary, ...]
     dropped: int
+    bad: int
+    cycle: int
     scaled: int
     packed: bool
     budget: PackBudget | None
@@ -153,9 +157,10 @@ class PlanSummary:
         figure.savefig(path, dpi=120)
 
     def _left_out(self) -> str:
-        said = [f"{self.dropped:,} dropped"] * bool(self.dropped) + [f"{self.scaled:,} with smaller images"] * bool(
-            self.scaled
-        )
+        numbers = {"bad": self.bad, "dropped": self.dropped, "with smaller images": self.scaled}
+        said = [f"{number:,} {name}" for name, number in numbers.items() if number]
+        if self.cycle > 1:
+            said.append(f"other ones in each of {self.cycle} epochs")
         return f" ({', '.join(said)})" if said else ""
 
     def _budget(self) -> str:
@@ -176,7 +181,9 @@ def summarize(plan: DataPlan, lengths: LengthTable, world_size: int, batch_size:
         packed: Whether rows are packed.
     """
     tokens, patches = lengths.tokens.astype(np.int64), lengths.patches.astype(np.int64)
-    kept = np.arange(len(lengths)) if plan.overlong is None else plan.overlong.kept
+    kept = plan.members[0]
+    if lengths.errors:  # what a plan without lengths cannot know
+        kept = kept[~np.isin(kept, list(lengths.errors))]
     batches = plan.batcher.batches(0, world_size)
     batch_tokens, batch_patches = _totals(batches, tokens), _totals(batches, patches)
     computed = int(batch_tokens.sum()) if packed else _padded(batches, tokens)
@@ -185,6 +192,8 @@ def summarize(plan: DataPlan, lengths: LengthTable, world_size: int, batch_size:
     return PlanSummary(
         sources=tuple(_per_source(plan, lengths, kept)),
         dropped=0 if plan.overlong is None else len(plan.overlong.dropped),
+        bad=len(lengths.errors | plan.bad),
+        cycle=len(plan.members),
         scaled=int(lengths.scaled[kept].sum()),
         packed=packed,
         budget=plan.budget,

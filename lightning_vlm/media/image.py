@@ -11,29 +11,90 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from lightning_vlm.geometry import Grid, ImageGeometry, tile_boxes, tile_ratio
 
 
 def to_rgb(image: Any) -> Image.Image:
-    """A PIL image, numpy array or tensor as an RGB PIL image.
+    """A PIL image, numpy array or tensor as an RGB PIL image, without changing it.
 
-    16-bit greys are scaled, transparency is dropped.
+    What is transparent shows white, as a page behind it would: Pillow's own ``convert("RGB")``, which transformers
+    calls, shows the colours that happen to be stored under it instead, often black (black text on black). 16-bit
+    greys are scaled. Colour profiles are not applied.
 
     Args:
-        image: A PIL image, or pixels in 0..255 of shape ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)``,
-            ``(H, W, 4)``, ``(1, H, W)`` or ``(3, H, W)``.
+        image: A PIL image of any mode, or pixels in 0..255 of shape ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)``,
+            ``(H, W, 4)`` (the last channel is opacity), ``(1, H, W)`` or ``(3, H, W)``.
+
+    Returns:
+        A new image; the same one where it is RGB already.
 
     Raises:
         ValueError: If an array's shape or value range is not an image's.
     """
-    if isinstance(image, Image.Image):
-        if image.mode.startswith("I;16"):  # Pillow's own conversion clips: it would turn white
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        if image.mode not in ("I", "F"):
-            return image if image.mode == "RGB" else image.convert("RGB")
+    if not isinstance(image, Image.Image):
+        return _on_white(Image.fromarray(_as_uint8(_channels_last(image))))
+    if image.mode.startswith("I;16"):
+        return _from_16_bit(image)
+    if image.mode in ("I", "F"):
+        return to_rgb(np.asarray(image))
+    if image.mode == "LAB":
+        return _from_lab(image)
+    if image.mode in ("La", "RGBa"):  # opacity multiplied in: Pillow divides it out, and converts no further
+        image = image.convert(image.mode.upper())
+    return _on_white(image)
+
+
+def array_size(image: np.ndarray | Tensor) -> tuple[int, int]:
+    """(height, width) of an array that `to_rgb` takes.
+
+    Args:
+        image: The array or tensor.
+
+    Raises:
+        ValueError: If its shape is not an image's.
+    """
+    height, width = _channels_last(image).shape[:2]
+    return height, width
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """An 8-bit image as RGB: ``(colour * opacity + 255 * (255 - opacity)) / 255``, rounded."""
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # the colour of a 16-bit file, whose pixels Pillow cut to 8
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    with_opacity = image.convert("RGBA")
+    page = Image.new("RGB", image.size, "white")
+    page.paste(with_opacity, mask=with_opacity.getchannel("A"))
+    return page
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)  # Pillow's own conversion clips: it would turn white
+    scaled = (values / 257).round().astype(np.uint8)
+    if (key := image.info.get("transparency")) is not None:
+        scaled[values == key] = 255
+    return Image.fromarray(scaled).convert("RGB")
+
+
+def _from_lab(image: Image.Image) -> Image.Image:
+    # Pillow's convert does not know this mode; its colour management does.
+    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+    assert converted is not None, "an image is returned unless inPlace is asked for"
+    return converted
+
+
+def _channels_last(image: Any) -> np.ndarray:
+    """``(H, W)``, ``(H, W, 3)`` or ``(H, W, 4)``."""
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = image.float() if image.dtype == torch.bfloat16 else image  # numpy has no such type
     array = np.asarray(image)
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)
@@ -41,12 +102,16 @@ def to_rgb(image: Any) -> Image.Image:
         array = array[..., 0]
     if array.ndim != 2 and (array.ndim != 3 or array.shape[-1] not in (3, 4)):
         raise ValueError(f"an image array has shape {array.shape}; expected (H, W), (H, W, 3) or (3, H, W)")
-    if array.dtype != np.uint8:
-        low, high = (array.min(), array.max()) if array.size else (0, 0)
-        if not (low >= 0 and high <= 255) or 0 < high <= 1:  # written so that NaN fails
-            raise ValueError(f"an image array of {array.dtype} spans {low}..{high}; expected pixels in 0..255")
-        array = array.round().astype(np.uint8)
-    return Image.fromarray(array).convert("RGB")
+    return array
+
+
+def _as_uint8(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    low, high = (array.min(), array.max()) if array.size else (0, 0)
+    if not (low >= 0 and high <= 255) or 0 < high <= 1:  # written so that NaN fails
+        raise ValueError(f"an image array of {array.dtype} spans {low}..{high}; expected pixels in 0..255")
+    return array.round().astype(np.uint8)
 
 
 def image_to_patches(

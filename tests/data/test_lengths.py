@@ -17,12 +17,12 @@ from PIL import Image
 from lightning_vlm.data import lengths as lengths_module
 from lightning_vlm.data.dataset import SampleDataset
 from lightning_vlm.data.lengths import LengthTable, default_cache_dir, lengths_key, measure_lengths
-from lightning_vlm.data.sources import open_sources
 from lightning_vlm.media.load import MediaPolicy
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.processing.sizes import SampleLimit
 from lightning_vlm.processing.tiny import tiny_processor
 from lightning_vlm.schema import DataError
+from lightning_vlm.sources.open import open_sources
 
 COLUMNS = ("tokens", "patches", "images", "scaled")
 
@@ -31,7 +31,8 @@ def samples(
     *paths: Path, needs_answer: bool = True, policy: MediaPolicy | None = None, **options: Any
 ) -> SampleDataset:
     processor = options.pop("processor", None) or tiny_processor()
-    return SampleDataset(open_sources(paths, needs_answer), processor, policy or MediaPolicy(Path()), **options)
+    sources = open_sources(paths, needs_answer, options.pop("media_root", None))
+    return SampleDataset(sources, processor, policy or MediaPolicy(Path()), **options)
 
 
 def assert_same(table: LengthTable, other: LengthTable) -> None:
@@ -77,17 +78,39 @@ class TestMeasuring:
         assert [getattr(table, name).dtype for name in COLUMNS] == [np.int32, np.int32, np.int32, np.bool_]
 
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_an_error_is_the_first_sample_s_own_sentence(
+    def test_bad_samples_are_found_all_at_once_and_kept(
         self, make_task: Callable[..., Path], cache: Path, workers: int
     ) -> None:
         path = make_task(20)
-        for index in (11, 17):
-            (path.parent / f"rows.jsonl-{index}-0.png").unlink(missing_ok=True)
-        (path.parent / "rows.jsonl-7-0.png").write_text("no image")
-        with pytest.raises(DataError) as caught:
-            measure_lengths(samples(path), workers, cache, show_progress=False)
-        assert str(caught.value).startswith(f"{path}:8: image 'rows.jsonl-7-0.png' cannot be decoded (not an image)")
-        assert not list(cache.glob("*")), "a table of some of the samples is not kept"
+        missing, text = sorted(path.parent.glob("rows.jsonl-*-0.png"))[:2]
+        missing.unlink()
+        text.write_text("no image")
+        numbers = [int(image.name.split("-")[1]) for image in (missing, text)]
+        table = measure_lengths(samples(path), workers, cache, show_progress=False)
+        assert sorted(table.errors) == sorted(numbers)
+        assert str(table.errors[numbers[0]]).startswith(f"{path}:{numbers[0] + 1}: image '{missing.name}' does not exist")
+        assert "cannot be decoded (not an image)" in str(table.errors[numbers[1]])
+        assert {error.kind for error in table.errors.values()} == {"missing file", "not an image"}
+        assert not table.tokens[numbers].any()
+        assert table.tokens[np.setdiff1d(np.arange(20), numbers)].all()
+        again = measure_lengths(samples(path), workers, cache, show_progress=False)
+        assert {index: str(error) for index, error in again.errors.items()} == {
+            index: str(error) for index, error in table.errors.items()
+        }
+        assert again.path == table.path
+
+    def test_damage_that_headers_do_not_show_is_found_by_decoding_and_serves_later_starts(
+        self, make_task: Callable[..., Path], cache: Path
+    ) -> None:
+        path = make_task(8)
+        image = next(path.parent.glob("rows.jsonl-*-0.png"))
+        content = bytearray(image.read_bytes())
+        content[60] ^= 0xFF  # in the pixels: header and end are whole
+        image.write_bytes(content)
+        assert not measure_lengths(samples(path), 0, cache, show_progress=False).errors
+        table = measure_lengths(samples(path), 0, cache, show_progress=False, decode=True)
+        assert list(table.errors) == [int(image.name.split("-")[1])]
+        assert list(measure_lengths(samples(path), 0, cache, show_progress=False).errors) == list(table.errors)
 
     def test_shows_progress_in_samples_and_only_while_measuring(
         self, make_task: Callable[..., Path], cache: Path, capsys: pytest.CaptureFixture[str]
@@ -119,8 +142,9 @@ class TestCache:
         again = measure_lengths(samples(path), 0, cache, show_progress=False)
         assert_same(first, again)
         assert first.path == again.path == next(cache.iterdir())
-        with pytest.raises(DataError, match="does not exist"):
-            measure_lengths(samples(path), 0, cache / "other", show_progress=False)
+        other = measure_lengths(samples(path), 0, cache / "other", show_progress=False)
+        assert all("does not exist" in str(error) for error in other.errors.values())
+        assert len(other.errors) == np.count_nonzero(first.images)
 
     def test_key_follows_everything_that_lengths_follow_from(
         self, make_task: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

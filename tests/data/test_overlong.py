@@ -13,11 +13,11 @@ import pytest
 from lightning_vlm.data.dataset import SampleDataset
 from lightning_vlm.data.lengths import LengthTable, measure_lengths
 from lightning_vlm.data.overlong import find_overlong, report_overlong
-from lightning_vlm.data.sources import open_sources
 from lightning_vlm.media.load import MediaPolicy
 from lightning_vlm.processing.sizes import SampleLimit
 from lightning_vlm.processing.tiny import tiny_processor
 from lightning_vlm.schema import DataError
+from lightning_vlm.sources.open import open_sources
 
 
 def table_of(tokens: list[int], patches: list[int] | None = None, scaled: list[int] | None = None) -> LengthTable:

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from lightning_vlm import NemotronVLConfig, NemotronVLProcessor
-from lightning_vlm.data.sources import open_sources
 from lightning_vlm.data.synthetic import ROWS_PER_KIND, SIDE, make_rows, split_scans, write_digits
+from lightning_vlm.sources.open import open_sources
 
 
 @pytest.fixture(scope="module")

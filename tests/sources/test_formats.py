@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from lightning_vlm.data.formats import parse_row
-from lightning_vlm.data.sources import JsonlSource, open_sources
 from lightning_vlm.schema import DataError, ImageRef, Text, Turn
+from lightning_vlm.sources.formats import RowFormat, parse_row
+from lightning_vlm.sources.json_files import JsonSource
+from lightning_vlm.sources.open import open_sources
 
 ASK = Turn("user", (ImageRef("a.png"), Text("\nWhat?")))
 SAY = Turn("assistant", (Text("This."),))
@@ -95,7 +96,13 @@ def test_answers_are_references() -> None:
 
 
 def test_prediction_needs_no_answer() -> None:
-    assert parse_row({"messages": [USER]}, "f:1", needs_answer=False).turns[0].text == "hi"
+    assert parse_row({"messages": [USER]}, "f:1", RowFormat(needs_answer=False)).turns[0].text == "hi"
+
+
+def read_all(path: Path) -> None:
+    (source,) = open_sources([path])
+    for index in range(len(source)):
+        source.conversation(index)
 
 
 BAD: dict[str, tuple[Any, list[str]]] = {
@@ -108,8 +115,8 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     "role not a text": ({"messages": [{"role": 3, "content": "x"}]}, ["turn 1", "unknown role 3"]),
     "content is a number": ({"messages": [{"role": "user", "content": 5}]}, ["turn 1", "a int", "list of parts"]),
     "unknown part": (
-        {"messages": [{"role": "user", "content": [{"type": "video", "video": "v"}]}]},
-        ["turn 1", "video"],
+        {"messages": [{"role": "user", "content": [{"type": "smell", "smell": "v"}]}]},
+        ["turn 1", "smell", "(or video, audio)"],
     ),
     "empty conversation": ({"messages": []}, ["empty", "at least one turn"]),
     "no assistant turn": ({"messages": [USER]}, ["no assistant turn", "1 turn(s)"]),
@@ -140,7 +147,7 @@ BAD: dict[str, tuple[Any, list[str]]] = {
 def test_bad_rows_are_told_in_one_sentence(write_rows: Callable[..., Path], row: Any, words: list[str]) -> None:
     path = write_rows([{"messages": [USER, BOT]}, "", row])
     with pytest.raises(DataError) as caught:
-        open_sources([path])
+        read_all(path)
     message = str(caught.value)
     assert message.startswith(f"{path}:3: ")
     assert_one_sentence(message.removeprefix(f"{path}:3: "))
@@ -152,7 +159,7 @@ def test_bad_rows_are_told_in_one_sentence(write_rows: Callable[..., Path], row:
     ("line", "words"),
     [
         ("{'messages': []}", ["not JSON", "column 2", "{'messages'"]),
-        ("[", ["not JSON", "jq -c"]),
+        ("[", ["not JSON", "ends in .json"]),
         ('{"messages": [', ["not JSON"]),
         ('{"messages": ' + "9" * 5000 + "}", ["cannot be read", "plain JSON"]),
         ("[" * 200_000, ["cannot be read", "plain JSON"]),
@@ -161,7 +168,7 @@ def test_bad_rows_are_told_in_one_sentence(write_rows: Callable[..., Path], row:
 def test_a_row_that_is_not_json(write_rows: Callable[..., Path], line: str, words: list[str]) -> None:
     path = write_rows([line])
     with pytest.raises(DataError) as caught:
-        open_sources([path])
+        read_all(path)
     assert str(caught.value).startswith(f"{path}:1: ")
     assert all(word in str(caught.value) for word in words)
 
@@ -170,13 +177,13 @@ def test_a_row_that_is_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'{"messages": "\xe9"}\n')
     with pytest.raises(DataError, match=r"latin.jsonl:1: the row is not UTF-8 .* save the file as UTF-8"):
-        open_sources([path])
+        read_all(path)
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere.jsonl: the file does not exist"):
         open_sources([tmp_path / "nowhere.jsonl"])
-    with pytest.raises(DataError, match=r"the file is a folder, expected a JSONL file"):
+    with pytest.raises(DataError, match=r"the file is a folder, expected a JSONL, JSON, Parquet or tar file"):
         open_sources([tmp_path])
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match=r"empty.jsonl: the file has no rows"):
@@ -187,7 +194,7 @@ def test_rows_are_found_by_number_and_named_by_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [json.dumps({"messages": [{"role": "user", "content": f"é{i}"}, BOT]}, ensure_ascii=False) for i in range(5)]
     path.write_text("\n" + rows[0] + "\r\n\n  \n" + "\n".join(rows[1:]), encoding="utf-8")  # no newline at the end
-    source = JsonlSource(path)
+    source = JsonSource(path)
     assert len(source) == 5
     assert [source.conversation(index).turns[0].text for index in (4, 0, 2)] == ["é4", "é0", "é2"]
     assert [source.place(index).rpartition(":")[2] for index in range(5)] == ["2", "5", "6", "7", "8"]
@@ -195,8 +202,8 @@ def test_rows_are_found_by_number_and_named_by_line(tmp_path: Path) -> None:
 
 def test_fingerprint_follows_content(write_rows: Callable[..., Path]) -> None:
     rows = [{"messages": [USER, BOT]}]
-    one, same = (JsonlSource(write_rows(rows, name)) for name in ("a.jsonl", "b.jsonl"))
-    other = JsonlSource(write_rows([{"messages": [USER, BOT], "answers": ["x"]}], "c.jsonl"))
+    one, same = (JsonSource(write_rows(rows, name)) for name in ("a.jsonl", "b.jsonl"))
+    other = JsonSource(write_rows([{"messages": [USER, BOT], "answers": ["x"]}], "c.jsonl"))
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 

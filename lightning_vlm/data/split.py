@@ -1,0 +1,121 @@
+"""One split of the data (train, val, test or predict): its sources, opened once, and its plans, made once.
+
+Both are made again when a file has changed on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_vlm.data.dataset import SampleDataset
+from lightning_vlm.data.plan import BatchOptions, DataPlan, plan_data
+from lightning_vlm.data.screening import BadSamplePolicy
+from lightning_vlm.media.load import MediaPolicy
+from lightning_vlm.sources.open import SourceLike, open_sources
+from lightning_vlm.sources.rows import RowSource
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How samples are read; see `VLMDataModule` for the meaning of each."""
+
+    media_root: str | None
+    media: MediaPolicy
+    template_kwargs: dict[str, Any] | None
+    cache_dir: str | None
+    num_workers: int
+    bad_samples: BadSamplePolicy
+
+
+class Split:
+    """The sources and plans of a split.
+
+    Args:
+        name: ``train``, ``val``, ``test`` or ``predict``.
+        files: What the user named.
+        processor: Returns the processor; called when the first sample is needed.
+    """
+
+    def __init__(self, name: str, files: Sequence[SourceLike], processor: Callable[[], Any]) -> None:
+        self.name, self.files, self._processor = name, list(files), processor
+        self._sources: list[RowSource] | None = None
+        self._plans: dict[BatchOptions, DataPlan] = {}
+
+    def open(self, reading: ReadOptions) -> None:
+        """Opens what is not open, and what has changed on disk.
+
+        Raises:
+            DataError: If a file is not what it should be.
+        """
+        if self._sources is not None and not any(source.has_changed() for source in self._sources):
+            return
+        needs_answer = self.name != "predict"
+        self._sources = open_sources(self.files, needs_answer, reading.media_root, reading.cache_dir)
+        self._plans.clear()
+
+    @property
+    def sources(self) -> list[RowSource]:
+        """The opened sources.
+
+        Raises:
+            ValueError: If the split has no files.
+            RuntimeError: If they were not opened.
+        """
+        if not self.files:
+            raise ValueError(f"VLMDataModule has no {self.name} files; pass {self.name}='file.jsonl'")
+        if self._sources is None:
+            raise RuntimeError(f"the {self.name} files are not open; call setup() first")
+        return self._sources
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the content of the sources, and with how it is read."""
+        parts = "".join(source.fingerprint for source in self.sources)
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    def dataset(self, options: BatchOptions, reading: ReadOptions) -> SampleDataset:
+        """The samples, none left out."""
+        return SampleDataset(
+            self.sources,
+            self._processor(),
+            reading.media,
+            options.max_tokens,
+            answer=self.name == "predict",
+            template_kwargs=reading.template_kwargs,
+            limit=options.sample_limit,
+            overlong=options.overlong,
+        )
+
+    def plan(
+        self, options: BatchOptions, reading: ReadOptions, show_progress: bool, tell: Callable[[str], None]
+    ) -> DataPlan:
+        """The plan for some options; made once, its reports told then.
+
+        Args:
+            options: How samples are batched.
+            reading: How they are read.
+            show_progress: Show a progress bar while measuring.
+            tell: Takes what the user should know.
+
+        Raises:
+            DataError: See `plan_data`.
+        """
+        if options not in self._plans:
+            plan = plan_data(
+                self.dataset(options, reading),
+                options,
+                reading.num_workers,
+                reading.cache_dir,
+                show_progress,
+                reading.bad_samples,
+                f"data.{self.name}",
+            )
+            told = {message for other in self._plans.values() for message in other.messages}
+            for message in plan.messages:
+                if message not in told:
+                    tell(f"{self.name}: {message}")
+            self._plans[options] = plan
+        return self._plans[options]

@@ -1,0 +1,153 @@
+"""Opening a source file: local, or behind an fsspec URL that the user wrote; and the cache of what was found in it.
+
+What a scan of a file finds (where its rows start) is kept in the cache under a name made of the file's path, size and
+time, so a second start maps it into memory instead of reading the file again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from lightning_vlm.schema import DataError
+
+_log = logging.getLogger(__name__)
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names a file system of its own, e.g. ``s3://``."""
+    return _SCHEME.match(path) is not None
+
+
+def name_and_folder(path: str) -> tuple[str, str]:
+    """A file's stem, and the folder that it lies in."""
+    return Path(path).stem, path.rpartition("/")[0] if is_url(path) else str(Path(path).parent)
+
+
+def cache_root() -> Path:
+    """``$LIGHTNING_VLM_CACHE``, or else ``~/.cache/lightning_vlm``."""
+    return Path(os.environ.get("LIGHTNING_VLM_CACHE") or Path.home() / ".cache" / "lightning_vlm")
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it.
+
+    Raises:
+        DataError: If fsspec or what it needs for this scheme is not installed.
+    """
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise DataError(
+            path,
+            f"the file cannot be reached ({reason}), expected a local path or a scheme that fsspec knows",
+            "install the package that this scheme needs, or copy the file",
+            "file not reachable",
+        ) from error
+
+
+def check_file(path: str, expected: str) -> None:
+    """Refuses what is not a file.
+
+    Args:
+        path: Path or URL.
+        expected: What it should be, for the error.
+
+    Raises:
+        DataError: If there is no such file.
+    """
+    if is_url(path):
+        system, name = filesystem(path)
+        exists, is_folder = system.isfile(name), system.isdir(name)
+    else:
+        exists, is_folder = os.path.isfile(path), os.path.isdir(path)
+    if not exists:
+        found = f"is a folder, expected {expected}" if is_folder else "does not exist"
+        raise DataError(path, f"the file {found}", "correct the path in the data config", "missing file")
+
+
+def open_file(path: str) -> BinaryIO:
+    """Opens a file for reading from its start."""
+    if is_url(path):
+        system, name = filesystem(path)
+        return system.open(name, "rb")
+    return open(path, "rb")
+
+
+def read_range(path: str, start: int, size: int) -> bytes:
+    """Some bytes of a file. Keeps nothing open: workers would share the position of what they inherit."""
+    if is_url(path):
+        system, name = filesystem(path)
+        return system.cat_file(name, start=start, end=start + size)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        parts = [file.read(size)]
+        while parts[-1] and (missing := size - sum(map(len, parts))):  # a raw read may return less
+            parts.append(file.read(missing))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def stamp(path: str) -> tuple[Any, ...]:
+    """What tells one state of a file from another without reading it; empty if it is gone."""
+    if is_url(path):
+        system, name = filesystem(path)
+        if not system.exists(name):
+            return ()
+        info = system.info(name)
+        return tuple(str(info.get(key)) for key in ("size", "mtime", "LastModified", "etag", "ETag", "created"))
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return ()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def cached_array(
+    path: str, purpose: str, build: Callable[[], tuple[np.ndarray, str]], cache_dir: str | Path | None = None
+) -> tuple[np.ndarray, str]:
+    """An array that follows from a file's content, mapped from the cache where it is there.
+
+    Args:
+        path: The file.
+        purpose: What the array is; part of its name, with the version of its form.
+        build: Makes the array and the fingerprint of the file's content.
+        cache_dir: Folder of the arrays; ``index`` in `cache_root` when ``None``.
+
+    Returns:
+        The array, read-only and in memory only as far as it is used, and the fingerprint.
+    """
+    folder = cache_root() / "index" if cache_dir is None else Path(cache_dir) / "index"
+    name = os.path.abspath(path) if not is_url(path) else path
+    key = hashlib.sha256(repr((name, stamp(path), purpose)).encode()).hexdigest()[:32]
+    for found in folder.glob(f"{key}-*.npy"):
+        try:
+            return np.load(found, mmap_mode="r", allow_pickle=False), found.stem.rpartition("-")[2]
+        except (OSError, ValueError) as error:  # damaged, or removed just now
+            _log.warning("%s is no index (%s); %s is scanned again", found, error, path)
+            with contextlib.suppress(OSError):  # a read-only cache: the next start finds the same
+                found.unlink()
+    array, fingerprint = build()
+    target = folder / f"{key}-{fingerprint}.npy"
+    unfinished = folder / f".{target.name}.{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            np.save(file, array)
+        os.replace(unfinished, target)
+    except OSError as error:
+        _log.warning("%s cannot be written (%s); %s will be scanned again next time", target, error, path)
+        return array, fingerprint
+    return np.load(target, mmap_mode="r", allow_pickle=False), fingerprint
