@@ -37,7 +37,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "packing": (False, True),
     "collate": ("auto", "padded", "packed"),
     "overlong": ("error", "drop", "downscale_images"),
-    "verify": ("headers", "decode"),
+    "verify": ("rows", "headers", "decode"),
 }
 
 Files = str | DataSource | list[str | DataSource] | None
@@ -73,8 +73,9 @@ class VLMDataModule(L.LightningDataModule):
         max_image_pixels: Most pixels of one image, checked before decoding.
         allow_urls: Read media that rows name by URL: ``true`` for http and https, or a list of schemes, e.g. ``[s3]``.
             Off: such samples are bad.
-        verify: How samples are looked at before training: ``headers``, or ``decode`` to read all their media in full;
-            what was found is kept, and a second start is quick.
+        verify: What is looked at of every sample before training: its row (``rows``), also the headers of its media and
+            its length (``headers``; always, where batches follow from lengths), or all bytes of its media (``decode``).
+            What was found is kept, so a second start is quick.
         max_bad_fraction: The largest share of bad samples (rows or media that cannot be used). They are left out, named
             in ``bad_samples.jsonl`` and counted; more of them stop the run.
         strict: The first bad sample stops the run.
@@ -106,7 +107,7 @@ class VLMDataModule(L.LightningDataModule):
         seed: int = 0,
         max_image_pixels: int = 64_000_000,
         allow_urls: bool | list[str] = False,
-        verify: str = "headers",
+        verify: str = "rows",
         max_bad_fraction: float = 0.01,
         strict: bool = False,
         template_kwargs: dict[str, Any] | None = None,
@@ -324,7 +325,7 @@ class VLMDataModule(L.LightningDataModule):
     def _batch_options(self, split: str) -> BatchOptions:
         if split != "train":  # evaluation generates answers, for which rows are padded
             options = BatchOptions("sequential", False, self.eval_batch_size, self.max_tokens, overlong=self.overlong)
-            return replace(options, decodes=self.verify == "decode")
+            return replace(options, verify=self.verify)  # type: ignore[arg-type]
         return BatchOptions(
             self.sampler,
             self.packing,
@@ -334,7 +335,7 @@ class VLMDataModule(L.LightningDataModule):
             self.batch_patches,
             self.overlong,
             self.seed,
-            self.verify == "decode",
+            self.verify,  # type: ignore[arg-type]
         )
 
     def _loader(self, split: str, plan: EpochPlan, **options: Any) -> ResumableLoader:

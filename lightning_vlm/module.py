@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import ModuleDict
 from torch.optim import AdamW
 
+from lightning_vlm.callbacks.bad_samples import BadSamples
 from lightning_vlm.callbacks.isolation import IsolationProbe
 from lightning_vlm.callbacks.ledger import EpochLedger
 from lightning_vlm.checkpoint.source import pretrained_source
@@ -109,8 +110,8 @@ class NemotronVLModule(L.LightningModule):
         self.model = model
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What watches every run: the isolation of packed documents, and that no sample is lost."""
-        return [IsolationProbe(), EpochLedger()]
+        """What watches every run: the isolation of packed documents, bad samples, and that no other is lost."""
+        return [IsolationProbe(), BadSamples(), EpochLedger()]
 
     def setup(self, stage: str) -> None:
         """Starts afresh, and takes the processor and the names of score groups from the datamodule.

@@ -38,6 +38,8 @@ class EpochLedger(L.Callback):
         if self._ledger is None or batch.indices is None:
             return
         self._ledger.see(batch.indices[batch.counted].tolist())
+        for index, error in batch.skipped.items():
+            self._ledger.skip([index], error.kind)
         self._ledger.reached = batch_idx + 1
         self._tokens += batch.num_tokens
         self._computed += batch.input_ids.numel()

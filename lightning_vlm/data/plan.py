@@ -45,7 +45,7 @@ class BatchOptions:
     batch_patches: int | None = None
     overlong: OverlongPolicy = "error"
     seed: int = 0
-    decodes: bool = False
+    verify: Literal["rows", "headers", "decode"] = "rows"
     in_order: bool = False
 
     @property
@@ -60,9 +60,9 @@ class BatchOptions:
 
     @property
     def needs_lengths(self) -> bool:
-        """Whether the batches, or the policy for overlong samples, follow from lengths."""
+        """Whether the batches, or the policy for overlong samples, follow from lengths; or the user wants a look."""
         judged = self.overlong != "error" and self.sample_limit is not None
-        return self.has_budget or self.sampler == "length_grouped" or judged
+        return self.has_budget or self.sampler == "length_grouped" or judged or self.verify != "rows"
 
     @property
     def sample_limit(self) -> SampleLimit | None:
@@ -136,8 +136,8 @@ def plan_data(
     policy = policy or BadSamplePolicy(strict=True)
     total = len(dataset)
     lengths = overlong = None
-    if options.needs_lengths or options.decodes:
-        lengths = measure_lengths(dataset, num_workers, cache_dir, show_progress, options.decodes)
+    if options.needs_lengths:
+        lengths = measure_lengths(dataset, num_workers, cache_dir, show_progress, options.verify == "decode")
         dataset, bad = dataset.with_lengths(lengths), lengths.errors
     else:
         bad = find_bad_rows(dataset, num_workers, cache_dir, show_progress)
