@@ -1,4 +1,4 @@
-"""The command line: ``lightning-vlm fit|validate|test|predict|plan|doctor``, a LightningCLI without its sharp edges.
+"""The command line: ``lightning-vlm fit|validate|test|predict|check|plan|doctor``, a LightningCLI without sharp edges.
 
 Abbreviated options are errors, unknown keys get a suggestion, each run folder keeps its config, W&B works logged in,
 logged out and absent, and wrong data ends in one sentence instead of a traceback.
@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lightning_vlm.callbacks.predictions import PredictionTable
 from lightning_vlm.callbacks.throughput import Throughput
+from lightning_vlm.commands.check import check_data
 from lightning_vlm.commands.doctor import examine
 from lightning_vlm.commands.plan import planned_ranks, print_plan
 from lightning_vlm.datamodule import VLMDataModule
@@ -35,8 +36,8 @@ from lightning_vlm.module import NemotronVLModule
 from lightning_vlm.schema import DataError
 from lightning_vlm.training.isolation import IsolationError
 
-_SUBCOMMANDS = ("fit", "validate", "test", "predict", "plan", "doctor")
-_WITHOUT_TRAINER = ("plan", "doctor")
+_SUBCOMMANDS = ("fit", "validate", "test", "predict", "check", "plan", "doctor")
+_WITHOUT_TRAINER = ("check", "plan", "doctor")
 _UNKNOWN = re.compile(
     r"unrecognized arguments: -*(?P<a>[\w.\-]+)"
     r"|Option '(?P<b>[^']+)' is not accepted"
@@ -104,6 +105,13 @@ class RunConfig(SaveConfigCallback):
 class VLMTrainer(L.Trainer):
     """Lightning's Trainer; names the further commands and their options for the parser."""
 
+    def check(self, examples: int = 3) -> None:
+        """Reads all data, says what is in it and all that is wrong with it.
+
+        Args:
+            examples: Errors of each kind that are written out.
+        """
+
     def plan(self, ranks: int | None = None, picture: str = "plan.png") -> None:
         """Prints what an epoch of training consists of, and draws it.
 
@@ -170,9 +178,19 @@ class VLMCLI(LightningCLI):
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
 
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "check":  # flags that take no value, which parameters of a method cannot be
+            parser.add_argument("--decode", action="store_true", help="Read media in full, not their headers alone.")
+            parser.add_argument("--json", action="store_true", help="Print one JSON object with all errors.")
+        return parser
+
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "doctor":
             self.exit_code = 0 if examine() else 1
+        elif subcommand == "check":
+            config = self.config.check
+            self.exit_code = 0 if check_data(self.datamodule, config.decode, config.json, config.examples) else 1
         elif subcommand == "plan":
             config = self.config.plan
             ranks = config.ranks or planned_ranks(config.trainer) or 1

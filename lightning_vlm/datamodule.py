@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.data.collate import PackedCollate, PaddedCollate
-from lightning_vlm.data.dataset import OverlongPolicy
+from lightning_vlm.data.dataset import OverlongPolicy, SampleDataset
 from lightning_vlm.data.ledger import Ledger
 from lightning_vlm.data.lengths import measure_lengths
 from lightning_vlm.data.loader import ResumableLoader
@@ -36,7 +36,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "sampler": ("shuffle", "sequential", "length_grouped", "token_budget"),
     "packing": (False, True),
     "collate": ("auto", "padded", "packed"),
-    "overlong": ("error", "drop", "downscale_images"),
+    "overlong": ("error", "drop", "truncate_text", "downscale_images"),
     "verify": ("rows", "headers", "decode"),
 }
 
@@ -64,7 +64,8 @@ class VLMDataModule(L.LightningDataModule):
             by default ``batch_size`` samples of average length, and never less than the longest sample.
         batch_patches: Most vision patches of a micro-batch: bounds the memory of the vision tower.
         overlong: What happens to a sample that exceeds a limit by itself: ``error`` before training, ``drop`` (counted
-            and reported), or ``downscale_images`` until it fits.
+            and reported), ``truncate_text`` (its end cut off, never inside an image), or ``downscale_images`` until it
+            fits.
         num_workers: Processes that decode images; 0 decodes in the training process.
         sampler: ``shuffle`` (a new order each epoch), ``sequential``, ``length_grouped`` (similar lengths together) or
             ``token_budget`` (as many similar samples per padded batch as fit). Evaluation is always sequential.
@@ -189,6 +190,14 @@ class VLMDataModule(L.LightningDataModule):
                 self._data_plan(split)
         if stage == "fit":  # a fit starts at the beginning unless its checkpoint, restored after this, says otherwise
             self._train_loader = self._restored = None
+
+    def dataset_to_check(self, split: str) -> tuple[SampleDataset | None, list[DataError]]:
+        """All samples of a split, however many are bad; and what is wrong with sources that cannot be opened."""
+        errors = self.splits[split].open_each(self._reading())
+        if not self.splits[split].sources:
+            return None, errors
+        processor = None if self._processor is None else self.processor
+        return self.splits[split].dataset(self._batch_options(split), self._reading(), processor), errors
 
     def groups(self, split: str) -> dict[str, str]:
         """The name that each source's scores are logged under, by its path."""

@@ -90,7 +90,10 @@ def test_images_come_from_the_files_folder_or_the_media_root(
         ),
         ({"collate": "mine"}, "collate='mine' is unknown; expected 'auto' or 'padded' or 'packed'"),
         ({"packing": "yes"}, "packing='yes' is unknown; expected False or True"),
-        ({"overlong": "cut"}, "overlong='cut' is unknown; expected 'error' or 'drop' or 'downscale_images'"),
+        (
+            {"overlong": "cut"},
+            "overlong='cut' is unknown; expected 'error' or 'drop' or 'truncate_text' or 'downscale_images'",
+        ),
         ({"packing": True, "collate": "padded"}, "packing=True makes rows without padding; expected collate='auto'"),
         ({"packing": True, "sampler": "token_budget"}, "packing=True fills rows by itself; expected sampler='shuffle'"),
         ({"packing": True, "sampler": "length_grouped"}, "not 'length_grouped'"),

@@ -22,7 +22,7 @@ from lightning_vlm.schema import Conversation, Sample, StoppingError
 from lightning_vlm.sources.files import is_url
 from lightning_vlm.sources.rows import RowSource
 
-OverlongPolicy = Literal["error", "drop", "downscale_images"]
+OverlongPolicy = Literal["error", "drop", "truncate_text", "downscale_images"]
 
 
 class SampleDataset:
@@ -37,8 +37,9 @@ class SampleDataset:
         template_kwargs: Extra chat-template variables.
         lengths: What the samples were measured to be; one that differs is an error.
         limit: The most that a sample may be; one that exceeds it is an error.
-        overlong: What is done before it is one: with ``downscale_images``, its images are made smaller. ``drop`` is
-            for the plan to heed (see `lightning_vlm.data.overlong`): an index always means the same row.
+        overlong: What is done before it is one: with ``downscale_images``, its images are made smaller; with
+            ``truncate_text``, its text's end is cut off. ``drop`` is for the plan to heed (see
+            `lightning_vlm.data.overlong`): an index always means the same row.
 
     Raises:
         ValueError: If ``lengths`` are those of another number of samples.
@@ -71,6 +72,11 @@ class SampleDataset:
     def image_limit(self) -> SampleLimit | None:
         """The limit that images are made smaller for, if they are."""
         return self.limit if self.overlong == "downscale_images" else None
+
+    @property
+    def max_text(self) -> int | None:
+        """The number of tokens that texts are cut at, if they are."""
+        return self.limit.tokens if self.limit is not None and self.overlong == "truncate_text" else None
 
     def with_lengths(self, lengths: LengthTable) -> Self:
         """The same samples, each checked against what it was measured to be."""
@@ -119,6 +125,10 @@ class SampleDataset:
         sizes = [verify_image(image.ref, policy, conversation.source, decode) for image in conversation.images]
         return self.processor.measure(conversation, sizes, **self._options(conversation))
 
+    def policy(self, index: int) -> MediaPolicy:
+        """What the media of a row may be."""
+        return self._locate(index)[2]
+
     def place(self, index: int) -> str:
         """``file:line`` of a sample."""
         source, row, _ = self._locate(index)
@@ -130,7 +140,8 @@ class SampleDataset:
 
     def _options(self, conversation: Conversation) -> dict[str, Any]:
         answer = self.answer and conversation.turns[-1].role != "assistant"
-        return {"answer": answer, "template_kwargs": self.template_kwargs, "limit": self.image_limit}
+        options = {"answer": answer, "template_kwargs": self.template_kwargs, "limit": self.image_limit}
+        return {**options, "max_text": self.max_text}
 
     def _checked(self, lengths: LengthTable | None) -> LengthTable | None:
         if lengths is not None and len(lengths) != len(self):

@@ -35,7 +35,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 FORMAT_VERSION = 2
 """To be raised when the same data, processor and settings get another length, or the file another form."""
 
-_COLUMNS = {"tokens": "int32", "patches": "int32", "images": "int32", "scaled": "bool"}
+_COLUMNS = {"tokens": "int32", "patches": "int32", "images": "int32", "scaled": "bool", "repaired": "bool"}
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ class LengthTable:
         tokens: ``(N,)`` int32.
         patches: ``(N,)`` int32 vision patches.
         images: ``(N,)`` int32 number of images.
-        scaled: ``(N,)`` bool, whether images were made smaller to fit the limit.
+        scaled: ``(N,)`` bool, whether a sample was made smaller to fit the limit: its images, or its text.
+        repaired: ``(N,)`` bool, whether the row was changed to make sense of it.
         errors: What is wrong with bad samples, by index; their sizes are 0.
         path: The file that it was read from or written to.
 
@@ -60,6 +61,7 @@ class LengthTable:
     patches: np.ndarray
     images: np.ndarray
     scaled: np.ndarray
+    repaired: np.ndarray
     errors: dict[int, DataError] = field(default_factory=dict)
     path: Path | None = field(default=None)
 
@@ -157,12 +159,12 @@ def measure_lengths(
 
     def look(index: int) -> tuple[int, ...]:
         size = dataset.size(index, decode)
-        return size.tokens, size.patches, size.images, size.scaled
+        return size.tokens, size.patches, size.images, size.scaled, size.repaired
 
     description = "decoding media" if decode else "measuring lengths"
     sizes, errors = pass_over(len(dataset), look, len(_COLUMNS), description, num_workers, show_progress)
-    tokens, patches, images, scaled = np.ascontiguousarray(sizes.T)
-    table = LengthTable(tokens, patches, images, scaled.astype(np.bool_), errors)
+    columns = {name: column.astype(_COLUMNS[name]) for name, column in zip(_COLUMNS, sizes.T)}
+    table = LengthTable(**columns, errors=errors)
     key = lengths_key(dataset, decode)
     path = folder / f"{key}.npz"
     try:
@@ -187,7 +189,7 @@ def lengths_key(dataset: SampleDataset, decode: bool = False) -> str:
     """
     limit = dataset.image_limit
     sources = [
-        [source.fingerprint, len(source), repr(source.layout), _resolved(policy.media_root)]
+        [source.fingerprint, len(source), repr(source.layout), policy.root_key]
         for source, policy in zip(dataset.sources, dataset.policies)
     ]
     # Not that a policy changes a length, but what it refuses now must not pass because it was measured before.
@@ -201,13 +203,10 @@ def lengths_key(dataset: SampleDataset, decode: bool = False) -> str:
         "processor": processor_fingerprint(dataset.processor),
         "template_kwargs": dataset.template_kwargs,
         "limit": None if limit is None else asdict(limit),
+        "max_text": dataset.max_text,
         "decode": decode,
     }
     return _digest(parts)
-
-
-def _resolved(folder: Path | str) -> str:
-    return str(folder.resolve()) if isinstance(folder, Path) else folder
 
 
 def processor_fingerprint(processor: NemotronVLProcessor) -> str:

@@ -92,4 +92,4 @@ class CycleBatches:
 
 
 def _is_whole(number: float) -> bool:
-    return round(number) > 0 and abs(number - round(number)) <= 1e-3 * number
+    return round(number) > 0 and abs(number - round(number)) <= 2e-3 * number  # 0.333 is a third

@@ -1,6 +1,7 @@
-"""Samples that exceed a limit, told before training: refused, left out and counted, or with smaller images.
+"""Samples that exceed a limit, told before training: refused, left out and counted, or made smaller.
 
-Nothing is cut: a cut answer teaches the model to stop in the middle. What is left out is said, with names.
+By default nothing is cut: an answer without its end does not teach where to end. No policy cuts inside an image. What
+is left out is said with names, what is cut is counted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 
 from lightning_vlm.data.lengths import LengthTable
 from lightning_vlm.processing.sizes import SampleLimit
-from lightning_vlm.schema import DataError
+from lightning_vlm.schema import StoppingError
 
 if TYPE_CHECKING:
     from lightning_vlm.data.dataset import OverlongPolicy, SampleDataset
@@ -27,7 +28,7 @@ class OverlongReport:
     Attributes:
         kept: Indices to train on, ascending.
         dropped: Indices that are left out, ascending.
-        num_scaled: Samples whose images were made smaller to fit.
+        num_scaled: Samples whose images, or texts, were made smaller to fit.
         message: One sentence for the user; empty when there is nothing to say.
     """
 
@@ -52,31 +53,38 @@ def report_overlong(
 
     Args:
         dataset: The samples; only their places are asked for.
-        table: Their lengths. For ``downscale_images``, measured with that policy and this limit.
+        table: Their lengths. For ``downscale_images`` and ``truncate_text``, measured with that policy and this limit.
         limit: The most that a sample may be.
-        policy: ``error`` refuses, ``drop`` leaves out, ``downscale_images`` refuses what does not fit even so.
+        policy: ``error`` refuses, ``drop`` leaves out, ``downscale_images`` and ``truncate_text`` refuse what does not
+            fit even so.
 
     Returns:
         The samples to train on, and what to tell the user.
 
     Raises:
-        DataError: If the policy refuses, or would drop every sample; in one sentence, with the first few names.
+        StoppingError: If the policy refuses, or would drop every sample; in one sentence, with the first few names.
         ValueError: If the policy is unknown.
     """
-    if policy not in ("error", "drop", "downscale_images"):
-        raise ValueError(f"overlong={policy!r} is unknown; expected 'error', 'drop' or 'downscale_images'")
+    if policy not in ("error", "drop", "truncate_text", "downscale_images"):
+        raise ValueError(
+            f"overlong={policy!r} is unknown; expected 'error', 'drop', 'truncate_text' or 'downscale_images'"
+        )
     overlong, total = find_overlong(table, limit), len(table)
     everything = np.arange(total)
-    num_scaled = int(table.scaled.sum()) if policy == "downscale_images" else 0
+    num_scaled = int(table.scaled.sum()) if policy in ("downscale_images", "truncate_text") else 0
     if not len(overlong):
-        scaled = f"the images of {_share(num_scaled, total)} were made smaller to fit {limit}" if num_scaled else ""
+        what = "images of {} were made smaller" if policy == "downscale_images" else "texts of {} were cut at their end"
+        scaled = f"the {what.format(_share(num_scaled, total))} to fit {limit}" if num_scaled else ""
         return OverlongReport(everything, overlong, num_scaled, scaled)
     found = f"{_share(len(overlong), total)} exceed{'s' if len(overlong) == 1 else ''} {limit}"
     names = _names(dataset, table, overlong, limit)
     if policy == "drop" and len(overlong) < total:
         kept = np.setdiff1d(everything, overlong, assume_unique=True)
         return OverlongReport(kept, overlong, 0, f"{found} and will not be trained on: {names}")
-    if policy == "downscale_images":
+    if policy == "truncate_text":
+        found = f"{found} and cannot be cut without cutting an image or the whole answer"
+        fix = "raise the limit, or drop these samples"
+    elif policy == "downscale_images":
         found, fix = f"{found} even with the smallest images", "raise the limit, or drop these samples"
     elif policy == "drop":
         fix = "raise the limit"
@@ -84,7 +92,7 @@ def report_overlong(
         fix = "raise the limit, drop these samples (overlong: drop) or downscale_images (overlong: downscale_images)"
     else:
         fix = "raise the limit, or drop these samples (overlong: drop)"
-    raise DataError("data.overlong", f"{found}: {names}", fix)
+    raise StoppingError("data.overlong", f"{found}: {names}", fix, "too long")
 
 
 def _share(count: int, total: int) -> str:

@@ -14,6 +14,7 @@ from lightning_vlm.data.dataset import SampleDataset
 from lightning_vlm.data.plan import BatchOptions, DataPlan, plan_data
 from lightning_vlm.data.screening import BadSamplePolicy
 from lightning_vlm.media.load import MediaPolicy
+from lightning_vlm.schema import DataError
 from lightning_vlm.sources.open import SourceLike, open_sources
 from lightning_vlm.sources.rows import RowSource
 
@@ -56,6 +57,17 @@ class Split:
         self._sources = open_sources(self.files, needs_answer, reading.media_root, reading.cache_dir)
         self._plans.clear()
 
+    def open_each(self, reading: ReadOptions) -> list[DataError]:
+        """Opens the sources that can be opened, one by one, and returns what is wrong with the others."""
+        self._sources, errors = [], []
+        for file in self.files:
+            try:
+                self._sources += open_sources([file], self.name != "predict", reading.media_root, reading.cache_dir)
+            except DataError as error:
+                errors.append(error)
+        self._plans.clear()
+        return errors
+
     @property
     def sources(self) -> list[RowSource]:
         """The opened sources.
@@ -76,11 +88,11 @@ class Split:
         parts = "".join(source.fingerprint for source in self.sources)
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
-    def dataset(self, options: BatchOptions, reading: ReadOptions) -> SampleDataset:
+    def dataset(self, options: BatchOptions, reading: ReadOptions, processor: Any) -> SampleDataset:
         """The samples, none left out."""
         return SampleDataset(
             self.sources,
-            self._processor(),
+            processor,
             reading.media,
             options.max_tokens,
             answer=self.name == "predict",
@@ -105,7 +117,7 @@ class Split:
         """
         if options not in self._plans:
             plan = plan_data(
-                self.dataset(options, reading),
+                self.dataset(options, reading, self._processor()),
                 options,
                 reading.num_workers,
                 reading.cache_dir,

@@ -56,7 +56,7 @@ class PlanSummary:
         dropped: Samples that are left out because they exceed a limit.
         bad: Samples that are left out because they cannot be used.
         cycle: Epochs after which the same samples come again: more than 1 with broken weights.
-        scaled: Samples whose images are made smaller to fit.
+        scaled: Samples whose images are made smaller, or texts cut, to fit.
         packed: Whether rows are packed.
         budget: What a batch may hold, or ``None``.
         world_size: Data-parallel ranks.
@@ -157,7 +157,7 @@ class PlanSummary:
         figure.savefig(path, dpi=120)
 
     def _left_out(self) -> str:
-        numbers = {"bad": self.bad, "dropped": self.dropped, "with smaller images": self.scaled}
+        numbers = {"bad": self.bad, "dropped": self.dropped, "made smaller": self.scaled}
         said = [f"{number:,} {name}" for name, number in numbers.items() if number]
         if self.cycle > 1:
             said.append(f"other ones in each of {self.cycle} epochs")

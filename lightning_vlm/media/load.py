@@ -97,21 +97,19 @@ def verify_image(ref: Any, policy: MediaPolicy, source: str, decode: bool = Fals
 
 
 def looks_truncated(stream: BinaryIO, image_format: str) -> bool:
-    """Whether an image file lacks its end, by its first and last bytes.
+    """Whether an image file lacks its end, by its last bytes.
 
     A suspicion, not a verdict: Pillow reads some such files, and the mark of an end can stand near the cut by chance.
-    Other formats than JPEG, PNG, GIF and WEBP are never suspected.
+    Other formats than JPEG, PNG and GIF are never suspected (Pillow refuses a cut WEBP when it reads the header).
 
     Args:
         stream: The file; its position is kept.
         image_format: Pillow's name of the format.
     """
     position, length = stream.tell(), stream.seek(0, os.SEEK_END)
-    stream.seek(0 if image_format == "WEBP" else max(0, length - _TAIL_BYTES))
-    found = stream.read(8 if image_format == "WEBP" else _TAIL_BYTES)
+    stream.seek(max(0, length - _TAIL_BYTES))
+    found = stream.read(_TAIL_BYTES)
     stream.seek(position)
-    if image_format == "WEBP":
-        return int.from_bytes(found[4:8], "little") + 8 > length
     if image_format == "GIF":
         return not found.rstrip(b"\x00").endswith(b";")
     # Cameras and web pages append bytes of their own behind the end, so it need not be the last thing.

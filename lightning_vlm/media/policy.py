@@ -20,7 +20,8 @@ from lightning_vlm.schema import DataError, FileSlice
 
 Medium = Literal["image", "video", "audio"]
 
-_UNRECOGNISED = {"not an image": "not an image", "Format not recognised": "not audio"}  # reason: kind
+# What libraries say of a file that is something else altogether, and the kind of error that it is then.
+_UNRECOGNISED = {"not an image": "not an image", "not a video": "not a video", "Format not recognised": "not audio"}
 _LOCAL_SCHEMES = ("file", "local")  # fsspec reads any file of the machine through them
 
 

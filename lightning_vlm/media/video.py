@@ -9,6 +9,7 @@ the one decoder: it brings its own FFmpeg, so the same file gives the same frame
 from __future__ import annotations
 
 import bisect
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,6 +195,9 @@ def _opened(ref: Any, policy: MediaPolicy, source: str) -> Iterator[tuple[InputC
         raise not_installed(what, "PyAV", "lightning-vlm[video]", source) from error
     with open_media(ref, policy, source, "video") as file:
         try:
+            if not file.seek(0, os.SEEK_END):
+                raise ValueError("not a video")  # FFmpeg would speak of an argument
+            file.seek(0)
             with av.open(file, "r", options={"format_whitelist": _FORMATS}) as container:
                 if not container.streams.video:
                     raise _empty(what, "no pictures", source)
@@ -205,6 +209,8 @@ def _opened(ref: Any, policy: MediaPolicy, source: str) -> Iterator[tuple[InputC
                 yield container, stream
         except MediaError:
             raise
+        except av.error.ArgumentError as error:  # what it says of a format that is not in our list
+            raise undecodable(ValueError("not a video"), what, "video", source, "FFmpeg") from error
         except Exception as error:  # FFmpeg's errors come as many kinds, some of them Python's own
             raise undecodable(error, what, "video", source, "FFmpeg") from error
 
@@ -228,7 +234,6 @@ def _info(container: InputContainer, stream: VideoStream, policy: MediaPolicy, w
 
 def _packets(container: InputContainer, stream: VideoStream) -> list[tuple[int | None, bool]]:
     """(time, whether a decoder can start there) of each frame that is shown, as stored; nothing is decoded."""
-    container.seek(0)
     return [
         (packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size and not packet.is_discard
     ]
@@ -238,6 +243,7 @@ def _decode(
     container: InputContainer, stream: VideoStream, indices: list[int], fps: float | None
 ) -> tuple[list[Image.Image], tuple[float, ...] | None]:
     """The frames of these numbers, fewer where the file ends early; and when each is shown."""
+    container.seek(0)
     packets = _packets(container, stream)
     times = sorted(time for time, _ in packets if time is not None)
     told = len(set(times)) == len(packets) > indices[-1]

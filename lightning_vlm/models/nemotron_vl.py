@@ -30,6 +30,7 @@ from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.fusion import FusionError, fuse, images_per_row, placeholders_per_row, refuse_placeholders
 from lightning_vlm.models.language import make_language_model, packed_inputs
 from lightning_vlm.models.projector import MultiModalProjector, shuffle_images
+from lightning_vlm.models.text_only import needs_absent_image, with_absent_image
 from lightning_vlm.models.vision import make_vision_model
 from lightning_vlm.ops.cross_entropy import linear_cross_entropy, naive_cross_entropy, shift_labels
 from lightning_vlm.ops.pixels import normalize_patches
@@ -202,7 +203,9 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         if cu_seqlens is not None:
             _refuse_with_cu_seqlens(inputs_embeds, attention_mask, past_key_values, use_cache)
             documents = documents_from_cu_seqlens(cu_seqlens, inputs_embeds.shape[1])
-        inputs_embeds = self._with_images(inputs_embeds, input_ids, pixel_values, image_grid_hw, num_images, documents)
+        inputs_embeds = self._with_images(
+            inputs_embeds, input_ids, pixel_values, image_grid_hw, num_images, documents, past_key_values
+        )
         if documents is None:
             inputs = {"attention_mask": attention_mask, "use_cache": False if self.training else use_cache}
         else:
@@ -273,6 +276,7 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         grids: Tensor | None,
         num_images: Tensor | None,
         documents: Documents | None,
+        past_key_values: Cache | None,
     ) -> Tensor:
         is_placeholder = None if input_ids is None else self._is_placeholder(input_ids)
         if pixel_values is not None:
@@ -284,21 +288,10 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         if is_placeholder is not None and input_ids is not None and input_ids.shape[1] > 1 and is_placeholder.any():
             found = placeholders_per_row(is_placeholder, documents)
             refuse_placeholders(found, "row" if documents is None else "document")
-        if self.training and torch.is_grad_enabled():
-            return inputs_embeds + self._absent_image(inputs_embeds)
+        parts = (self.vision_model, self.multi_modal_projector)
+        if needs_absent_image(parts, self.training, past_key_values):
+            return with_absent_image(inputs_embeds, parts, self.config, self.get_image_features)
         return inputs_embeds
-
-    def _absent_image(self, like: Tensor) -> Tensor:
-        """A zero that depends on every vision parameter.
-
-        A text-only batch must reach the tower too, or data-parallel ranks with images would wait for it
-        forever. It stays outside the token sequence, where a Mamba state would see it.
-        """
-        merge, patch_dim = self.config.merge_size, self.config.vision_config.patch_dim
-        blank = torch.zeros(merge**2, patch_dim, dtype=torch.uint8, device=like.device)
-        grid = torch.tensor([[merge, merge]], device=like.device)
-        features, _ = self.get_image_features(blank, grid)
-        return (features * 0.0).sum().to(like.dtype)  # not sum() * 0: a sum that overflows would become NaN
 
     @staticmethod
     def _output(outputs: Any, loss: Tensor | None = None, logits: Tensor | None = None) -> CausalLMOutputWithPast:

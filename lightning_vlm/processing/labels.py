@@ -60,6 +60,26 @@ def tokenize_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def cut_text(input_ids: Tensor, labels: Tensor, max_tokens: int, kept_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Cuts a sample's end off, or leaves it whole where that would cut an image or all that is learned.
+
+    Args:
+        input_ids: ``(L,)``.
+        labels: ``(L,)``.
+        max_tokens: Tokens to keep.
+        kept_ids: Tokens of images, none of which may be cut off.
+
+    Returns:
+        The first ``max_tokens`` of both, or both as they were.
+    """
+    tail = input_ids[max_tokens:]
+    cuts_image = torch.isin(tail, torch.tensor(kept_ids)).any()
+    learns = (labels[1:max_tokens] != IGNORE_INDEX).any()
+    if not len(tail) or cuts_image or not learns:
+        return input_ids, labels
+    return input_ids[:max_tokens].clone(), labels[:max_tokens].clone()
+
+
 def _require_fast(tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(

@@ -24,9 +24,9 @@ from lightning_vlm.geometry import Grid, ImageGeometry, ImageLayout, lay_out_ima
 from lightning_vlm.media.image import to_rgb
 from lightning_vlm.processing.chat import Message, Span, render_prompt, render_text, render_turns, to_messages
 from lightning_vlm.processing.image_processor import NemotronVLImageKwargs, NemotronVLImageProcessor
-from lightning_vlm.processing.labels import tokenize_spans, tokenize_text
+from lightning_vlm.processing.labels import cut_text, tokenize_spans, tokenize_text
 from lightning_vlm.processing.sizes import SampleLimit, SampleSize
-from lightning_vlm.schema import IGNORE_INDEX, Conversation, DataError, Sample
+from lightning_vlm.schema import IGNORE_INDEX, Conversation, DataError, ImageRef, Sample, VideoRef
 
 
 class NemotronVLProcessor(ProcessorMixin):
@@ -139,6 +139,7 @@ class NemotronVLProcessor(ProcessorMixin):
         answer: bool = False,
         template_kwargs: dict[str, Any] | None = None,
         limit: SampleLimit | None = None,
+        max_text: int | None = None,
     ) -> Sample:
         """Makes a training or evaluation Sample.
 
@@ -150,6 +151,8 @@ class NemotronVLProcessor(ProcessorMixin):
             template_kwargs: Extra chat-template variables.
             limit: Make the images smaller where the sample would exceed it. A sample that exceeds it with the
                 smallest images, or without any, is returned all the same.
+            max_text: Cut the text's end off beyond so many tokens, images included; a sample whose image or whole
+                answer stands there is returned whole.
 
         Returns:
             The sample. Its references are the conversation's, or else the answer that it was trained on.
@@ -177,6 +180,8 @@ class NemotronVLProcessor(ProcessorMixin):
         expanded = [Span(self._expand(span.text, remaining), span.trained) for span in spans]
         input_ids, labels = tokenize_spans(self.tokenizer, expanded)
         self._check_tokenized(int((input_ids == self.image_token_id).sum()), sum(layout.num_tokens), source)
+        if max_text is not None:
+            input_ids, labels = cut_text(input_ids, labels, max_text, self._image_token_ids)
         return Sample(
             input_ids=input_ids,
             labels=labels,
@@ -196,6 +201,7 @@ class NemotronVLProcessor(ProcessorMixin):
         answer: bool = False,
         template_kwargs: dict[str, Any] | None = None,
         limit: SampleLimit | None = None,
+        max_text: int | None = None,
     ) -> SampleSize:
         """The size of the Sample that `encode` would make: exact, from image headers, with nothing decoded.
 
@@ -205,6 +211,7 @@ class NemotronVLProcessor(ProcessorMixin):
             answer: As for `encode`.
             template_kwargs: As for `encode`.
             limit: As for `encode`; both then make the images smaller by the same rule.
+            max_text: As for `encode`.
 
         Raises:
             DataError: As for `encode`, except where `render_text` names.
@@ -219,11 +226,31 @@ class NemotronVLProcessor(ProcessorMixin):
         self._check_rendered(text, len(sizes), source)
         text_tokens = self._num_text_tokens(text, sizes, source)
         layout = self._lay_out(sizes, text_tokens, limit)
-        return SampleSize(text_tokens + sum(layout.num_tokens), layout.num_patches, len(sizes), layout.scaled)
+        tokens, repaired = text_tokens + sum(layout.num_tokens), bool(conversation.notes)
+        if max_text is None or tokens <= max_text or answer:
+            return SampleSize(tokens, layout.num_patches, len(sizes), layout.scaled, repaired)
+        spans = render_turns(self.tokenizer, messages, source, template_kwargs)  # rare: where it is cut has to be known
+        counts = iter(layout.num_tokens)
+        expanded = [Span(self._expand(span.text, counts), span.trained) for span in spans]
+        kept, _ = cut_text(*tokenize_spans(self.tokenizer, expanded), max_text, self._image_token_ids)
+        return SampleSize(len(kept), layout.num_patches, len(sizes), len(kept) < tokens, repaired)
+
+    @property
+    def _image_token_ids(self) -> tuple[int, int, int]:
+        return self.image_start_token_id, self.image_token_id, self.image_end_token_id
 
     def _template_inputs(
         self, conversation: Conversation, template_kwargs: dict[str, Any] | None
     ) -> tuple[list[Message], dict[str, Any] | None]:
+        for medium in conversation.media:
+            if not isinstance(medium, ImageRef):
+                name = "a video" if isinstance(medium, VideoRef) else "a sound"
+                raise DataError(
+                    conversation.source,
+                    f"the row holds {name}, expected text and images: NemotronVLProcessor takes no others yet",
+                    "remove the row",
+                    "unsupported media",
+                )
         reserved = (self.image_start_token, self.image_end_token, self.tokenizer.eos_token)
         messages = to_messages(conversation, self.image_token, [token for token in reserved if token])
         if isinstance(self.chat_template, str):  # it may not be the tokenizer's; a dict of named ones is

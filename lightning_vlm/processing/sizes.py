@@ -13,13 +13,15 @@ class SampleSize:
         tokens: Length of ``input_ids``.
         patches: Rows of ``pixel_values``.
         images: Number of images; in static mode one image has several tiles.
-        scaled: Whether images were made smaller to fit a limit.
+        scaled: Whether it was made smaller to fit a limit: its images, or its text.
+        repaired: Whether its reader changed the row to make sense of it, see `Conversation.notes`.
     """
 
     tokens: int
     patches: int
     images: int
     scaled: bool = False
+    repaired: bool = False
 
 
 @dataclass(frozen=True, slots=True)

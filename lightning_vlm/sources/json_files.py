@@ -218,7 +218,7 @@ class _TextWindow:
         """Moves to the end of the JSON value that starts here."""
         while True:
             try:
-                _, end = self.json.raw_decode(self.buffer, self.at)
+                value, end = self.json.raw_decode(self.buffer, self.at)
             except json.JSONDecodeError as error:
                 # Cut off by the window's end, or wrong.
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
@@ -231,7 +231,8 @@ class _TextWindow:
                     "correct the file there (it may have been cut off)",
                     "not JSON",
                 ) from error
-            if end < len(self.buffer) or not self._more():  # a number could go on
+            goes_on = isinstance(value, (int, float)) and end > len(self.buffer) - 8  # with an exponent, say
+            if not goes_on or not self._more():
                 self.move(end - self.at)
                 return
 

@@ -108,6 +108,7 @@ def test_it_balances_and_is_logged(
             "samples_seen": len(rows),
             "samples_skipped": 0,
             "samples_dropped": 13 - planned,
+            "bad_samples": 0,
             "padding_frac": pytest.approx(1 - epoch["tokens"] / epoch["computed"], abs=1e-6),
         }
         if data.get("packing") or data.get("collate") == "packed":

@@ -24,7 +24,7 @@ from lightning_vlm.processing.tiny import tiny_processor
 from lightning_vlm.schema import DataError
 from lightning_vlm.sources.open import open_sources
 
-COLUMNS = ("tokens", "patches", "images", "scaled")
+COLUMNS = ("tokens", "patches", "images", "scaled", "repaired")
 
 
 def samples(
@@ -75,7 +75,7 @@ class TestMeasuring:
             own = processor.encode(conversation, images, **{**dataset._options(conversation), "limit": None})
             assert table.scaled[index] == (len(own) != len(sample))
         assert table.scaled.any() == ("limit" in options)
-        assert [getattr(table, name).dtype for name in COLUMNS] == [np.int32, np.int32, np.int32, np.bool_]
+        assert [getattr(table, name).dtype for name in COLUMNS] == [np.int32, np.int32, np.int32, np.bool_, np.bool_]
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_bad_samples_are_found_all_at_once_and_kept(
@@ -88,7 +88,9 @@ class TestMeasuring:
         numbers = [int(image.name.split("-")[1]) for image in (missing, text)]
         table = measure_lengths(samples(path), workers, cache, show_progress=False)
         assert sorted(table.errors) == sorted(numbers)
-        assert str(table.errors[numbers[0]]).startswith(f"{path}:{numbers[0] + 1}: image '{missing.name}' does not exist")
+        assert str(table.errors[numbers[0]]).startswith(
+            f"{path}:{numbers[0] + 1}: image '{missing.name}' does not exist"
+        )
         assert "cannot be decoded (not an image)" in str(table.errors[numbers[1]])
         assert {error.kind for error in table.errors.values()} == {"missing file", "not an image"}
         assert not table.tokens[numbers].any()
@@ -377,6 +379,7 @@ class TestSamples:
             np.array([size.patches + 4 for size in true], np.int32),
             np.array([size.images for size in true], np.int32),
             np.zeros(2, np.bool_),
+            np.zeros(2, np.bool_),
         )
         with pytest.raises(DataError, match=r"vision patches, expected .* measure the samples again"):
             dataset.with_lengths(table)[1]
@@ -428,6 +431,7 @@ class TestTable:
             np.array([0, 5], np.int32),
             np.array([0, 1], np.int32),
             np.array([False, True]),
+            np.array([True, False]),
         )
         table.save(tmp_path / "a" / "table.npz", "key")
         loaded = LengthTable.load(tmp_path / "a" / "table.npz", "key")

@@ -163,7 +163,7 @@ def test_text_names_everything(make_data: Callable[..., VLMDataModule]) -> None:
 def test_scaled_images_are_told(make_data: Callable[..., VLMDataModule]) -> None:
     found = make_data(packing=True, max_tokens=98, overlong="downscale_images").summary(1)
     assert found.scaled > 0
-    assert f"21 ({found.scaled} with smaller images)" in found.text()
+    assert f"21 ({found.scaled} made smaller)" in found.text()
     assert int(found.tokens.max()) <= 98
 
 

@@ -184,12 +184,16 @@ class TestToRgb:
             torch.from_numpy(array),
             torch.from_numpy(array).permute(2, 0, 1),
             torch.from_numpy(array).permute(2, 0, 1).float(),
-            np.concatenate([array, np.full((6, 10, 1), 9, dtype=np.uint8)], axis=-1),
+            torch.from_numpy(array).to(torch.bfloat16).requires_grad_(),
+            np.concatenate([array, np.full((6, 10, 1), 255, dtype=np.uint8)], axis=-1),
         ],
-        ids=["PIL", "HWC", "int64", "float", "CHW", "tensor HWC", "tensor CHW", "float tensor", "RGBA"],
+        ids=["PIL", "HWC", "int64", "float", "CHW", "tensor HWC", "tensor CHW", "float tensor", "bf16", "opaque"],
     )
     def test_takes_what_people_have(self, image: Any) -> None:
-        assert np.array_equal(np.asarray(to_rgb(image)), self.array)
+        expected = self.array
+        if isinstance(image, torch.Tensor) and image.dtype == torch.bfloat16:
+            expected = torch.from_numpy(self.array).to(torch.bfloat16).to(torch.uint8).numpy()  # 8 bits of precision
+        assert np.array_equal(np.asarray(to_rgb(image)), expected)
 
     @pytest.mark.parametrize("shape", [(6, 10), (6, 10, 1), (1, 6, 10)], ids=str)
     def test_grey_is_repeated(self, shape: tuple[int, ...]) -> None:
@@ -217,3 +221,134 @@ class TestToRgb:
     def test_rgb_image_is_passed_on_as_it_is(self) -> None:
         image = Image.fromarray(self.array)
         assert to_rgb(image) is image
+
+
+def on_white(colours: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+    """The formula, in whole numbers: rounded half up."""
+    mixed = colours.astype(np.int64) * opacity + 255 * (255 - opacity.astype(np.int64))
+    return ((2 * mixed + 255) // 510).astype(np.uint8)
+
+
+MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"]
+DEEP = ["I", "F", "I;16", "I;16L", "I;16B", "I;16N"]
+
+
+class TestTransparency:
+    generator = np.random.default_rng(0)
+    colours = generator.integers(0, 256, (6, 10, 3), dtype=np.uint8)
+    opacity = generator.integers(0, 256, (6, 10, 1), dtype=np.uint8)
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255), st.integers(0, 255))
+    def test_shows_white_by_the_formula(self, red: int, green: int, blue: int, opacity: int) -> None:
+        expected = on_white(np.array([red, green, blue]), np.array(opacity)).tolist()
+        pixel = np.array([[[red, green, blue, opacity]]], dtype=np.uint8)
+        for image in (pixel, torch.from_numpy(pixel), Image.fromarray(pixel)):
+            assert list(to_rgb(image).getpixel((0, 0))) == expected
+
+    def test_of_every_opacity_and_grey(self) -> None:
+        grey, opacity = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+        image = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(opacity)])
+        assert np.array_equal(np.asarray(to_rgb(image))[..., 1], on_white(grey, opacity))
+
+    def test_hides_the_colour_that_is_stored_under_it(self) -> None:
+        """The case that this is for: black text on a transparent page."""
+        page = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+        page.paste((0, 0, 0, 255), (2, 2, 4, 4))
+        shown = np.asarray(to_rgb(page))
+        assert shown[3, 3].tolist() == [0, 0, 0]
+        assert shown[6, 6].tolist() == [255, 255, 255]
+        assert not np.asarray(page.convert("RGB")).any(), "what Pillow alone would show: all black"
+
+    @pytest.mark.parametrize("way", ["bytes", "index", "palette with opacity", "PA"])
+    def test_of_a_palette(self, way: str) -> None:
+        image = Image.new("P", (3, 1))
+        image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+        image.putdata([0, 1, 2])
+        expected = [(255, 0, 0), (255, 255, 255), (0, 0, 255)]
+        if way == "bytes":  # an opacity per colour, as PNG stores them
+            image.info["transparency"] = bytes([255, 0, 128])
+            expected[2] = (127, 127, 255)
+        elif way == "index":
+            image.info["transparency"] = 1
+        elif way == "palette with opacity":
+            image.putpalette([255, 0, 0, 255, 0, 255, 0, 0, 0, 0, 255, 255], "RGBA")
+        else:
+            image = image.convert("PA")
+            image.putalpha(Image.frombytes("L", (3, 1), bytes([255, 0, 255])))
+        assert [to_rgb(image).getpixel((x, 0)) for x in range(3)] == expected
+
+    @pytest.mark.parametrize(
+        ("mode", "key", "values", "expected"),
+        [
+            ("1", 0, [0, 255], [(255, 255, 255), (255, 255, 255)]),
+            ("L", 7, [7, 8], [(255, 255, 255), (8, 8, 8)]),
+            ("RGB", (1, 2, 3), [(1, 2, 3), (1, 2, 4)], [(255, 255, 255), (1, 2, 4)]),
+            ("RGB", (257, 514, 771), [(1, 2, 3), (1, 2, 4)], [(255, 255, 255), (1, 2, 4)]),
+        ],
+        ids=["1", "L", "RGB", "RGB of a 16-bit file"],
+    )
+    def test_of_one_colour(self, mode: str, key: Any, values: list[Any], expected: list[Any]) -> None:
+        image = Image.new(mode, (2, 1))
+        image.putdata(values)
+        image.info["transparency"] = key
+        assert [to_rgb(image).getpixel((x, 0)) for x in range(2)] == expected
+        assert image.info["transparency"] == key
+
+    def test_of_one_16_bit_grey(self) -> None:
+        image = Image.fromarray(np.array([[1000, 1001, 65535]], dtype=np.uint16))
+        image.info["transparency"] = 1000
+        assert [to_rgb(image).getpixel((x, 0))[0] for x in range(3)] == [255, 4, 255]
+
+    @pytest.mark.parametrize(("mode", "straight"), [("La", "LA"), ("RGBa", "RGBA")])
+    def test_multiplied_in_is_the_same_picture(self, mode: str, straight: str) -> None:
+        rgba = Image.fromarray(np.concatenate([self.colours, self.opacity], axis=-1)).convert(straight)
+        multiplied = rgba.convert(mode)
+        difference = np.asarray(to_rgb(multiplied)).astype(int) - np.asarray(to_rgb(rgba))
+        assert np.abs(difference).max() <= 2  # what storing colour * opacity in 8 bits costs
+
+
+class TestEveryMode:
+    @settings(max_examples=150, deadline=None)
+    @given(mode=st.sampled_from([*MODES, *DEEP]), width=st.integers(1, 9), height=st.integers(1, 9), data=st.data())
+    def test_becomes_rgb_of_the_same_size_and_is_left_alone(
+        self, mode: str, width: int, height: int, data: st.DataObject
+    ) -> None:
+        size = len(Image.new(mode, (width, height)).tobytes())
+        if mode in ("I", "F"):
+            values = np.array(
+                data.draw(st.lists(st.integers(2, 255), min_size=width * height, max_size=width * height))
+            )
+            image = Image.fromarray(values.reshape(height, width).astype(np.int32 if mode == "I" else np.float32))
+        else:
+            image = Image.frombytes(mode, (width, height), data.draw(st.binary(min_size=size, max_size=size)))
+            if mode == "P":
+                image.putpalette(bytes(range(256)) * 3)
+        before, info = image.tobytes(), dict(image.info)
+        rgb = to_rgb(image)
+        assert (rgb.mode, rgb.size) == ("RGB", (width, height))
+        assert (image.mode, image.tobytes(), image.info) == (mode, before, info)
+
+    @pytest.mark.parametrize("mode", [*MODES, "I;16", "I;16B"])
+    @pytest.mark.parametrize("colour", ["white", "black"])
+    def test_keeps_white_and_black(self, mode: str, colour: str) -> None:
+        level = 255 if colour == "white" else 0
+        if mode.startswith("I;16"):
+            image = Image.new(mode, (3, 2), level * 257)
+        elif mode == "LAB":
+            image = Image.new("LAB", (3, 2), (level, 128, 128))
+        elif mode in ("La", "PA", "RGBa"):
+            image = Image.new("RGB", (3, 2), colour).convert("RGBA")
+            image = (
+                image.convert("RGBa") if mode == "RGBa" else image.convert("LA" if mode == "La" else "P").convert(mode)
+            )
+        else:
+            image = Image.new("RGB", (3, 2), colour).convert(mode)
+        assert image.mode == mode
+        off = 1 if mode == "LAB" else 0  # colour management rounds twice
+        assert all(abs(value - level) <= off for pair in to_rgb(image).getextrema() for value in pair)
+
+    def test_lab_has_its_colours(self) -> None:
+        # CIE L*a*b* (D50) of sRGB red and of a grey, rounded to Pillow's 8 bits: L * 2.55, a + 128, b + 128.
+        for lab, rgb in (((138, 209, 198), (255, 0, 0)), ((137, 128, 128), (128, 128, 128))):
+            assert to_rgb(Image.new("LAB", (1, 1), lab)).getpixel((0, 0)) == pytest.approx(rgb, abs=6)

@@ -15,12 +15,16 @@ import zlib
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, features
+import torch
+from PIL import Image, ImageFile, features
 
-from lightning_vlm.media.load import MediaError, MediaPolicy, image_size, load_image
+from lightning_vlm.media import open as open_module
+from lightning_vlm.media.load import MediaError, MediaPolicy, image_size, load_image, looks_truncated, verify_image
+from lightning_vlm.schema import FileSlice
 
 SOURCE = "file.jsonl:12"
 BOTH = pytest.mark.parametrize("load", [load_image, image_size], ids=lambda function: function.__name__)
@@ -424,3 +428,185 @@ def test_formats_that_run_external_programs_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
     with pytest.raises(MediaError, match=r"file.jsonl:12: image 'a.eps' cannot be decoded"):
         load_image("a.eps", MediaPolicy(tmp_path), "file.jsonl:12")
+
+
+class TestGivenByValue:
+    """A reader may hand over bytes, a member of a shard, or an image itself."""
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8))
+
+    @pytest.mark.parametrize("way", ["bytes", "slice", "path object", "PIL", "numpy", "tensor", "channels first"])
+    def test_gives_the_same_image(self, policy: MediaPolicy, tmp_path: Path, way: str) -> None:
+        content = png_bytes(self.picture)
+        (tmp_path / "shard.tar").write_bytes(b"x" * 512 + content + b"y" * 700)
+        self.picture.save(Path(policy.media_root) / "a.png")
+        array = np.array(self.picture)
+        ref: Any = {
+            "bytes": content,
+            "slice": FileSlice(str(tmp_path / "shard.tar"), 512, len(content), "a.png"),
+            "path object": Path("a.png"),
+            "PIL": self.picture,
+            "numpy": array,
+            "tensor": torch.from_numpy(array),
+            "channels first": torch.from_numpy(array).permute(2, 0, 1),
+        }[way]
+        image = load_image(ref, policy, SOURCE)
+        assert image_size(ref, policy, SOURCE) == verify_image(ref, policy, SOURCE, decode=True) == (3, 5)
+        assert np.array_equal(np.asarray(image), array)
+        image.paste("red", (0, 0, 5, 3))
+        assert np.array_equal(np.asarray(load_image(ref, policy, SOURCE)), array), "what was given is left alone"
+
+    @pytest.mark.parametrize("opened", [False, True], ids=["made", "opened"])
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+    @pytest.mark.parametrize("loaded", [False, True], ids=["header", "decoded"])
+    def test_image_object_is_turned_in_the_copy_only(
+        self, policy: MediaPolicy, kind: str, loaded: bool, opened: bool
+    ) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        content = io.BytesIO()
+        self.picture.save(content, kind, exif=exif)
+        image = Image.open(content)
+        if loaded:
+            image.load()
+        if not opened:
+            image = image.copy()
+        size = image_size(image, policy, SOURCE)
+        assert load_image(image, policy, SOURCE).size == size[::-1]
+        assert image_size(image, policy, SOURCE) == size
+        if kind != "TIFF":  # which Pillow turns itself while decoding
+            assert size == (5, 3)
+            assert image.size == (5, 3)
+            assert image.getexif()[0x0112] == 6
+
+    @BOTH
+    def test_limit_holds_for_images_and_arrays(self, load: Load, policy: MediaPolicy) -> None:
+        strict = MediaPolicy(policy.media_root, max_image_pixels=14)
+        for ref in (self.picture, np.array(self.picture), png_bytes(self.picture)):
+            error = assert_refused(load, ref, strict, found="5 x 3 = 15 pixels", fix="max_image_pixels")
+            assert error.kind == "too many pixels"
+
+    def test_size_of_a_member_reads_its_header_only(
+        self, policy: MediaPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8)
+        content = io.BytesIO()
+        Image.fromarray(noise).save(content, "JPEG", quality=95)
+        (tmp_path / "shard.tar").write_bytes(b"x" * 512 + content.getvalue())
+        read = []
+        original = open_module._Window.readinto
+
+        def counted(window: Any, buffer: Any) -> int:
+            read.append(original(window, buffer))
+            return read[-1]
+
+        monkeypatch.setattr(open_module._Window, "readinto", counted)
+        member = FileSlice(str(tmp_path / "shard.tar"), 512, content.tell(), "a.jpg")
+        assert image_size(member, policy, SOURCE) == (800, 800)
+        assert sum(read) < 20_000 < content.tell()
+        assert verify_image(member, policy, SOURCE) == (800, 800)
+        assert sum(read) < 60_000 < content.tell()
+        read.clear()
+        load_image(member, policy, SOURCE)
+        assert sum(read) >= content.tell() - 20_000
+
+    @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+    def test_first_frame_of_an_animation(self, policy: MediaPolicy, kind: str) -> None:
+        frames = [Image.new("RGB", (5, 3), colour) for colour in ("red", "lime", "blue")]
+        content = io.BytesIO()
+        options = {"lossless": True} if kind == "WEBP" else {}
+        frames[0].save(content, kind, save_all=True, append_images=frames[1:], **options)
+        assert Image.open(content).n_frames == 3
+        assert load_image(content.getvalue(), policy, SOURCE).getpixel((2, 1)) == (255, 0, 0)
+
+    @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+    def test_transparent_part_of_a_file_shows_white(self, policy: MediaPolicy, kind: str) -> None:
+        image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+        image.paste((0, 0, 0, 255), (2, 2, 6, 6))
+        content = io.BytesIO()
+        image.save(content, kind, **({"lossless": True} if kind == "WEBP" else {}))
+        loaded = load_image(content.getvalue(), policy, SOURCE)
+        assert loaded.getpixel((0, 0)) == (255, 255, 255)
+        assert loaded.getpixel((4, 4)) == (0, 0, 0)
+
+    @pytest.mark.parametrize(("colour_type", "channels"), [(4, 2), (6, 4)], ids=["grey", "RGB"])
+    def test_sixteen_bits_with_opacity(self, policy: MediaPolicy, colour_type: int, channels: int) -> None:
+        pixels = np.array([[[0] * (channels - 1) + [alpha] for alpha in (0, 32768, 65535)]], dtype=">u2")
+
+        def chunk(name: bytes, content: bytes) -> bytes:
+            return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+        content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 1, 16, colour_type, 0, 0, 0))
+        content += chunk(b"IDAT", zlib.compress(b"\0" + pixels.tobytes())) + chunk(b"IEND", b"")
+        image = load_image(content, policy, SOURCE)
+        assert [image.getpixel((x, 0)) for x in range(3)] == [(255,) * 3, (127,) * 3, (0,) * 3]
+
+
+class TestVerify:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+    def content(self, kind: str) -> bytes:
+        stream = io.BytesIO()
+        self.noise.save(stream, kind)
+        return stream.getvalue()
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
+    def test_finds_a_missing_end_without_being_asked_to_decode(self, policy: MediaPolicy, kind: str) -> None:
+        content = self.content(kind)
+        assert verify_image(content, policy, SOURCE) == (64, 64)
+        assert not looks_truncated(io.BytesIO(content), kind)
+        for kept in range(len(content) // 3, len(content) - 100, len(content) // 50):
+            cut = content[:kept]
+            assert image_size(cut, policy, SOURCE) == (64, 64), "the header is there"
+            if looks_truncated(io.BytesIO(cut), kind):
+                error = assert_refused(verify_image, cut, policy, found="cannot be decoded", fix="replace the file")
+                assert error.kind == "damaged image"
+            else:  # a GIF that happens to be cut behind a byte like its last
+                assert (kind, cut[-1:]) == ("GIF", b";")
+
+    @pytest.mark.parametrize("lossless", [False, True])
+    def test_cut_webp_is_refused_with_its_header(self, policy: MediaPolicy, lossless: bool) -> None:
+        content = io.BytesIO()
+        self.noise.save(content, "WEBP", lossless=lossless)
+        for kept in range(12, content.tell(), 7):
+            with pytest.raises(MediaError):
+                image_size(content.getvalue()[:kept], policy, SOURCE)
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+    def test_does_not_decode_a_whole_file(
+        self, policy: MediaPolicy, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        content = self.content(kind)
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+        assert verify_image(content, policy, SOURCE) == (64, 64)
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
+    def test_bytes_behind_the_end_are_no_damage(self, policy: MediaPolicy, kind: str) -> None:
+        content = self.content(kind) + b"\0" * 500
+        assert not looks_truncated(io.BytesIO(content), kind)
+        assert load_image(content, policy, SOURCE).size == verify_image(content, policy, SOURCE) == (64, 64)
+
+    def test_a_suspect_that_decodes_is_accepted(self, policy: MediaPolicy) -> None:
+        content = self.content("PNG")[:-12]  # all pixels, no IEND
+        assert looks_truncated(io.BytesIO(content), "PNG")
+        assert verify_image(content, policy, SOURCE) == (64, 64)
+        assert load_image(content, policy, SOURCE).size == (64, 64)
+
+    def test_keeps_the_position(self) -> None:
+        for kind in ("JPEG", "GIF"):
+            stream = io.BytesIO(self.content(kind))
+            stream.seek(17)
+            looks_truncated(stream, kind)
+            assert stream.tell() == 17
+
+    def test_damage_in_the_middle_is_found_by_decoding_alone(self, policy: MediaPolicy) -> None:
+        damaged = bytearray(self.content("PNG"))
+        damaged[len(damaged) // 2] ^= 255
+        assert verify_image(bytes(damaged), policy, SOURCE) == (64, 64)
+        with pytest.raises(MediaError, match="cannot be decoded"):
+            verify_image(bytes(damaged), policy, SOURCE, decode=True)
+
+    def test_numbers_out_of_range_are_found_without_being_asked(self, policy: MediaPolicy) -> None:
+        Image.fromarray(np.full((3, 5), 0.5, dtype=np.float32)).save(Path(policy.media_root) / "a.tiff")
+        assert image_size("a.tiff", policy, SOURCE) == (3, 5)
+        assert_refused(verify_image, "a.tiff", policy, found="expected pixels in 0..255", fix="replace the file")

@@ -1,0 +1,175 @@
+"""What is in the data and what is wrong with it: every row, its media and its tokens, looked at without a model.
+
+Unlike a start of training, which stops where there is too much, this goes on to the end and reports all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_vlm.data.dataset import SampleDataset
+from lightning_vlm.data.lengths import LengthTable, measure_lengths
+from lightning_vlm.data.passes import pass_over
+from lightning_vlm.media.audio import audio_info
+from lightning_vlm.media.load import verify_image
+from lightning_vlm.media.video import video_info
+from lightning_vlm.processing.processor import NemotronVLProcessor
+from lightning_vlm.schema import AudioRef, DataError, ImageRef
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCheck:
+    """One source in numbers.
+
+    Attributes:
+        path: What it was opened from.
+        rows: Its rows.
+        bad: Rows that cannot be used.
+        images: Images of the other rows.
+        with_images: Rows with at least one.
+        tokens: Tokens of the other rows; ``None`` where the processor is not one that can tell without encoding.
+        repaired: Rows that were changed to make sense of them.
+    """
+
+    path: str
+    rows: int
+    bad: int
+    images: int
+    with_images: int
+    tokens: int | None
+    repaired: int
+
+
+@dataclass(frozen=True, slots=True)
+class SplitCheck:
+    """What was found in a split.
+
+    Attributes:
+        name: The split.
+        sources: Those that could be opened.
+        errors: Everything that is wrong, in the order of the rows; sources that could not be opened first.
+    """
+
+    name: str
+    sources: tuple[SourceCheck, ...] = ()
+    errors: tuple[DataError, ...] = field(default=())
+
+    def by_kind(self) -> dict[str, list[DataError]]:
+        """Errors by kind, the most frequent first."""
+        kinds: dict[str, list[DataError]] = {}
+        for error in self.errors:
+            kinds.setdefault(error.kind, []).append(error)
+        return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
+
+    def text(self, examples: int = 3) -> str:
+        """Aligned lines for people.
+
+        Args:
+            examples: Errors of each kind that are written out.
+        """
+        lines = [f"{self.name:<38}{'rows':>12}{'bad':>8}{'images':>12}{'tokens':>16}"]
+        for source in self.sources:
+            path = source.path if len(source.path) <= 37 else "..." + source.path[-34:]
+            tokens = "-" if source.tokens is None else f"{source.tokens:,}"
+            lines.append(f"{path:<38}{source.rows:>12,}{source.bad:>8,}{source.images:>12,}{tokens:>16}")
+        rows, images = sum(source.rows for source in self.sources), sum(source.images for source in self.sources)
+        with_images, repaired = (sum(getattr(s, name) for s in self.sources) for name in ("with_images", "repaired"))
+        if rows:
+            lines.append(
+                f"images: {images:,} in {with_images:,} of {rows:,} samples" + "; is that meant?" * (not images)
+            )
+        if repaired:
+            lines.append(f"notes: in {repaired:,} rows the only image was placed before the first user turn")
+        for kind, errors in self.by_kind().items():
+            lines += ["", f"{kind}: {len(errors):,}"]
+            lines += [f"  {error}" for error in errors[:examples]]
+            if len(errors) > examples:
+                lines.append(f"  ... and {len(errors) - examples:,} more")
+        return "\n".join(lines)
+
+    def as_data(self) -> dict[str, Any]:
+        """Everything, for machines."""
+        return {
+            "sources": [{name: getattr(source, name) for name in source.__slots__} for source in self.sources],
+            "errors": {
+                kind: [{"source": error.source, "problem": error.problem, "fix": error.fix} for error in errors]
+                for kind, errors in self.by_kind().items()
+            },
+        }
+
+
+def check_samples(
+    name: str,
+    dataset: SampleDataset,
+    decode: bool = False,
+    num_workers: int = 0,
+    cache_dir: str | Path | None = None,
+    show_progress: bool = True,
+) -> SplitCheck:
+    """Looks at every sample of a dataset.
+
+    Args:
+        name: What the split is called.
+        dataset: Its samples.
+        decode: Read media in full, not their headers alone.
+        num_workers: Processes that look.
+        cache_dir: Where measured lengths are kept; a later fit reads them.
+        show_progress: Show a progress bar on stderr.
+    """
+    if isinstance(dataset.processor, NemotronVLProcessor):
+        table = measure_lengths(dataset, num_workers, cache_dir, show_progress, decode)
+        tokens: np.ndarray | None = table.tokens
+    else:
+        table = _look_at_media(dataset, decode, num_workers, show_progress)
+        tokens = None
+    sources, start = [], 0
+    for source in dataset.sources:
+        own = slice(start, start + len(source))
+        bad = sum(own.start <= index < own.stop for index in table.errors)
+        sources.append(
+            SourceCheck(
+                path=source.path,
+                rows=len(source),
+                bad=bad,
+                images=int(table.images[own].sum()),
+                with_images=int(np.count_nonzero(table.images[own])),
+                tokens=None if tokens is None else int(tokens[own].sum()),
+                repaired=int(table.repaired[own].sum()),
+            )
+        )
+        start = own.stop
+    return SplitCheck(name, tuple(sources), tuple(table.errors.values()))
+
+
+def _look_at_media(dataset: SampleDataset, decode: bool, num_workers: int, show_progress: bool) -> LengthTable:
+    """The same for rows whose length nobody can tell yet: those for another family's processor."""
+
+    def look(index: int) -> tuple[int, ...]:
+        conversation, policy = dataset.conversation(index), dataset.policy(index)
+        for medium in conversation.media:
+            if isinstance(medium, ImageRef):
+                verify_image(medium.ref, policy, conversation.source, decode)
+            elif isinstance(medium, AudioRef):
+                audio_info(medium.ref, policy, conversation.source)
+            else:
+                video_info(medium.ref, policy, conversation.source)
+        return len(conversation.images), bool(conversation.notes)
+
+    found, errors = pass_over(len(dataset), look, 2, "reading headers", num_workers, show_progress)
+    nothing = np.zeros(len(dataset), np.int32)
+    images, repaired = found[:, 0].copy(), found[:, 1].astype(np.bool_)
+    return LengthTable(nothing, nothing, images, nothing.astype(np.bool_), repaired, errors)
+
+
+def summarize_checks(checks: Sequence[SplitCheck]) -> str:
+    """The last line of a report."""
+    rows = sum(source.rows for check in checks for source in check.sources)
+    errors = sum(len(check.errors) for check in checks)
+    if not errors:
+        return f"all {rows:,} samples can be used"
+    return f"{errors:,} error(s) in {rows:,} samples"

@@ -1,0 +1,299 @@
+"""What users write for a source, and tables, shards and lists: all become the same conversations."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightning_vlm import NemotronVLProcessor, VLMDataModule
+from lightning_vlm.schema import AudioRef, DataError, FileSlice, ImageRef, Text, VideoRef
+from lightning_vlm.sources.formats import RowFormat, parse_row
+from lightning_vlm.sources.open import DataSource, group_names, open_sources
+from lightning_vlm.sources.rows import ListSource
+
+BOT = {"role": "assistant", "content": "ho"}
+COLUMNS = {"question": "q", "answer": "a", "image": "photo"}
+
+
+def png(seed: int = 0, size: tuple[int, int] = (24, 16)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def write_shard(tmp_path: Path) -> Callable[..., Path]:
+    def write(members: list[tuple[str, bytes]], name: str = "shard.tar", mode: str = "w") -> Path:
+        with tarfile.open(tmp_path / name, mode) as shard:  # type: ignore[call-overload]
+            for member, content in members:
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                shard.addfile(info, io.BytesIO(content))
+        return tmp_path / name
+
+    return write
+
+
+class TestTables:
+    @pytest.fixture
+    def table(self) -> Any:
+        rows = [{"q": f"what {i}?", "a": f"no {i}", "photo": {"bytes": png(i), "path": None}} for i in range(5)]
+        return datasets.Dataset.from_list(rows).cast_column("photo", datasets.Image())
+
+    @pytest.mark.parametrize("kind", ["parquet", "folder"])
+    def test_are_read_by_number_with_media_still_encoded(self, table: Any, tmp_path: Path, kind: str) -> None:
+        path = tmp_path / ("rows.parquet" if kind == "parquet" else "rows")
+        table.to_parquet(path) if kind == "parquet" else table.save_to_disk(path)
+        (source,) = open_sources([{"path": str(path), "columns": COLUMNS}], cache_dir=tmp_path / "cache")
+        assert len(source) == 5
+        conversation = source.conversation(3)
+        assert conversation.turns[0].parts == (ImageRef(png(3)), Text("what 3?"))
+        assert conversation.turns[1].parts == (Text("no 3"),)
+        assert (conversation.source, source.name) == (f"{path}:4", "rows")
+        assert not source.has_changed()
+
+    def test_with_images_deep_in_messages(self, tmp_path: Path) -> None:
+        features = datasets.Features(
+            {
+                "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+                "images": datasets.List(datasets.Image()),
+            }
+        )
+        row = {
+            "messages": [{"role": "user", "content": "<image><image>"}, BOT],
+            "images": [{"bytes": png(1), "path": None}, {"bytes": png(2), "path": None}],
+        }
+        datasets.Dataset.from_list([row], features=features).save_to_disk(tmp_path / "hf")
+        (source,) = open_sources([tmp_path / "hf"], cache_dir=tmp_path / "cache")
+        assert [image.ref for image in source.conversation(0).images] == [png(1), png(2)]
+
+    def test_of_several_splits_want_one_named(self, table: Any, tmp_path: Path) -> None:
+        datasets.DatasetDict({"train": table, "test": table.select(range(2))}).save_to_disk(tmp_path / "hf")
+        with pytest.raises(DataError, match=r"the folder holds the splits train, test, expected one to be named"):
+            open_sources([tmp_path / "hf"], cache_dir=tmp_path)
+        (source,) = open_sources([{"path": str(tmp_path / "hf"), "split": "test", "columns": COLUMNS}],
+                                 cache_dir=tmp_path)  # fmt: skip
+        assert len(source) == 2
+
+    def test_that_are_damaged_or_empty_say_so(self, table: Any, tmp_path: Path) -> None:
+        (tmp_path / "rows.parquet").write_bytes(b"PAR1 no")
+        with pytest.raises(DataError, match=r"rows.parquet: the table cannot be read \(.*expected Parquet") as caught:
+            open_sources([tmp_path / "rows.parquet"], cache_dir=tmp_path)
+        assert caught.value.kind == "damaged table"
+        table.select([]).to_parquet(tmp_path / "none.parquet")
+        with pytest.raises(DataError, match=r"none.parquet: the table (has no rows|cannot be read)"):
+            open_sources([tmp_path / "none.parquet"], cache_dir=tmp_path)
+
+
+LLAVA = {"conversations": [{"from": "human", "value": "<image>hi"}, {"from": "gpt", "value": "ho"}]}
+
+
+class TestShards:
+    def test_are_read_at_random_through_an_index(self, write_shard: Callable[..., Path], tmp_path: Path) -> None:
+        members = [
+            (f"part/{i:03}.{kind}", content)
+            for i in range(4)
+            for kind, content in (("jpg", png(i)), ("json", json.dumps(LLAVA).encode()))
+        ]
+        path = write_shard([*members, ("part/._junk.jpg", b"x"), ("readme", b"x")])
+        for _ in range(2):  # scanned, then mapped
+            (source,) = open_sources([path], cache_dir=tmp_path / "cache")
+            assert len(source) == 4
+            conversation = source.conversation(2)
+            (image,) = conversation.images
+            assert isinstance(image.ref, FileSlice)
+            content = path.read_bytes()[image.ref.offset : image.ref.offset + image.ref.size]
+            assert content == png(2)
+            assert conversation.source == f"{path}:3"
+
+    def test_name_members_by_extension_or_list_them(self, write_shard: Callable[..., Path], tmp_path: Path) -> None:
+        row = {"images": ["right.png", "left.png"], "messages": [{"role": "user", "content": "<image><image>"}, BOT]}
+        path = write_shard([("0.left.png", png(0)), ("0.right.png", png(1)), ("0.json", json.dumps(row).encode())])
+        (source,) = open_sources([path], cache_dir=tmp_path)
+        assert [image.ref.name for image in source.conversation(0).images] == ["right.png", "left.png"]
+
+    def test_hold_captions_as_columns(self, write_shard: Callable[..., Path], tmp_path: Path) -> None:
+        path = write_shard([("0.jpg", png(0)), ("0.txt", "a cat é".encode())])
+        settings = {"path": str(path), "columns": {"answer": "txt", "image": "images"}, "prompt": "Describe."}
+        (source,) = open_sources([settings], cache_dir=tmp_path)
+        asked, answered = source.conversation(0).turns
+        assert asked.text == "Describe."
+        assert isinstance(asked.parts[0], ImageRef)
+        assert answered.text == "a cat é"
+
+    @pytest.mark.parametrize(
+        ("members", "mode", "words", "kind"),
+        [
+            ([("0.json", b"{}")], "w:gz", "expected an uncompressed tar file", "damaged shard"),
+            ([], "w", "the shard has no samples", "no rows"),
+            ([("0.json", b"{}"), ("1.json", b"{}"), ("0.jpg", b"x")], "w", "stands apart", "damaged shard"),
+        ],
+    )
+    def test_that_cannot_be_read_say_so(
+        self, write_shard: Callable[..., Path], tmp_path: Path, members: Any, mode: str, words: str, kind: str
+    ) -> None:
+        with pytest.raises(DataError) as caught:
+            open_sources([write_shard(members, mode=mode)], cache_dir=tmp_path / "cache")
+        assert words in str(caught.value)
+        assert caught.value.kind == kind
+
+    def test_with_a_damaged_member_name_the_sample(self, write_shard: Callable[..., Path], tmp_path: Path) -> None:
+        path = write_shard([("0.json", b'{"a"'), ("1.bin", b"\xff\xfe")])
+        (source,) = open_sources([path], cache_dir=tmp_path / "cache")
+        with pytest.raises(DataError, match=r"shard.tar:1: the row is not JSON"):
+            source.row(0)
+        with pytest.raises(DataError, match=r"shard.tar:2: the member 'bin' is not text in UTF-8"):
+            source.row(1)
+
+
+class TestSettings:
+    def test_may_be_a_path_an_object_or_a_mapping(self, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+        path = write_rows([{"messages": [{"role": "user", "content": "hi"}, BOT]}] * 3)
+        given = [
+            path,
+            str(path),
+            DataSource(str(path), weight=2.0, name="mine", media_root="elsewhere"),
+            {"path": str(path), "max_samples": 2},
+        ]
+        plain, same, named, first = open_sources(given, cache_dir=tmp_path)
+        assert plain.fingerprint == same.fingerprint == named.fingerprint != first.fingerprint
+        assert (named.weight, named.name, named.media_root) == (2.0, "mine", "elsewhere")
+        assert (len(plain), len(first)) == (3, 2)
+        assert plain.media_root == str(tmp_path)
+        assert open_sources([path], media_root="root", cache_dir=tmp_path)[0].media_root == "root"
+
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            ({"path": "a.jsonl", "wieght": 1}, "unknown setting 'wieght'; expected path, format"),
+            ({"weight": 1}, "no path"),
+            ({"path": "a.jsonl", "weight": 0}, "the weight of a.jsonl is 0, expected a number above 0"),
+            ({"path": "a.jsonl", "format": "lava"}, "format='lava' is unknown; expected auto or one of messages"),
+            ({"path": "a.jsonl", "format": "columns"}, "map columns.question or set prompt"),
+            ({"path": "a.jsonl", "columns": {"querry": "q"}}, "columns maps querry, which is unknown"),
+        ],
+    )
+    def test_that_are_wrong_are_told(self, given: dict[str, Any], words: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(words)):
+            open_sources([given])
+
+    def test_compressed_files_are_refused_by_name(self, tmp_path: Path) -> None:
+        for name in ("a.tar.gz", "a.tgz", "a.jsonl.gz"):
+            (tmp_path / name).write_bytes(b"x")
+            with pytest.raises(DataError, match=r"the file is compressed, expected one that can be read at any place"):
+                open_sources([tmp_path / name])
+
+    def test_groups_are_told_apart(self) -> None:
+        given = ["a/rows.jsonl", "b/rows.jsonl", {"path": "c.jsonl", "name": "mine"}, ListSource([{}], name="mem")]
+        assert group_names(given) == {
+            "a/rows.jsonl": "a_rows",
+            "b/rows.jsonl": "b_rows",
+            "c.jsonl": "mine",
+            "mem": "mem",
+        }
+
+
+class TestLists:
+    def test_rows_in_memory_train_like_files(self, processor: NemotronVLProcessor) -> None:
+        picture = Image.new("RGBA", (24, 16), (255, 0, 0, 128))
+        before = picture.copy()
+        rows = [
+            {"images": [picture], "messages": [{"role": "user", "content": "<image>what?"}, BOT]},
+            {"image": png(1), "messages": [{"role": "user", "content": "<image>what?"}, BOT]},
+        ]
+        data = VLMDataModule(train=ListSource(rows), processor=processor, batch_size=2, sampler="sequential")
+        data.setup("fit")
+        (batch,) = data.train_dataloader()
+        assert batch.num_images.tolist() == [1, 1]
+        assert batch.sources == ["rows:1", "rows:2"]
+        assert picture.mode == "RGBA"
+        assert picture.tobytes() == before.tobytes()
+        assert rows[0]["images"][0] is picture
+
+    def test_the_fingerprint_follows_pixels(self) -> None:
+        def source(colour: int) -> ListSource:
+            return ListSource([{"image": Image.new("L", (4, 4), colour), "text": "a"}])
+
+        assert source(1).fingerprint == source(1).fingerprint != source(2).fingerprint
+
+
+class TestFormats:
+    def test_the_only_image_without_a_slot_goes_first_and_is_noted(self) -> None:
+        row = {
+            "image": "a.png",
+            "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, BOT],
+        }
+        conversation = parse_row(row, "f:1")
+        assert conversation.turns[1].parts == (ImageRef("a.png"), Text("q"))
+        assert conversation.notes == ("image placed before the first user turn",)
+
+    def test_video_and_audio_fill_their_slots(self) -> None:
+        row = {
+            "videos": ["v.mp4", ["1.png", "2.png"]],
+            "audio": "a.wav",
+            "conversations": [{"from": "human", "value": "<video>a<audio>b<video>"}, {"from": "gpt", "value": "x"}],
+        }
+        assert parse_row(row, "f:1").turns[0].parts == (
+            VideoRef("v.mp4"), Text("a"), AudioRef("a.wav"), Text("b"), VideoRef(("1.png", "2.png"))
+        )  # fmt: skip
+
+    def test_html_is_text_where_no_such_media_are_listed(self) -> None:
+        row = {"messages": [{"role": "user", "content": "write <video> and <audio> tags"}, BOT]}
+        assert parse_row(row, "f:1").turns[0].parts == (Text("write <video> and <audio> tags"),)
+
+    def test_parts_of_every_kind(self) -> None:
+        content = [
+            {"type": "input_audio", "input_audio": {"data": "QUJD", "format": "mp3"}},
+            {"type": "video_url", "video_url": {"url": "v.mp4"}},
+            {"type": "image", "image": {"bytes": b"PNG", "path": "x.png"}},
+            {"type": "audio", "audio": {"array": [0.0], "sampling_rate": 8000}},
+            "plain",
+        ]
+        row = {"messages": [{"role": "user", "content": content}, BOT]}
+        assert parse_row(row, "f:1").turns[0].parts == (
+            AudioRef("data:audio/mp3;base64,QUJD"), VideoRef("v.mp4"), ImageRef(b"PNG"), AudioRef(([0.0], 8000)),
+            Text("plain"),
+        )  # fmt: skip
+
+    def test_tool_turns_are_kept(self) -> None:
+        row = {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "42"}, BOT]}
+        assert [turn.role for turn in parse_row(row, "f:1").turns] == ["user", "tool", "assistant"]
+
+    def test_plain_columns(self) -> None:
+        layout = RowFormat(columns={"question": "q", "answer": "a", "image": "i", "system": "s", "answers": "all"})
+        row = {"q": "what <image>?", "a": 7, "i": ["1.png", "2.png"], "s": "be short", "all": ["7", "seven"]}
+        conversation = parse_row(row, "f:1", layout)
+        system, asked, answered = conversation.turns
+        assert system.text == "be short"
+        assert asked.parts == (ImageRef("1.png"), ImageRef("2.png"), Text("what <image>?"))
+        assert answered.text == "7"
+        assert conversation.references == ("7", "seven")
+
+    @pytest.mark.parametrize(
+        ("row", "words", "kind"),
+        [
+            ({"q": "x"}, "expected 'a' for the answer; correct columns.answer", "missing column"),
+            ({"a": "x"}, "expected 'q' for the question", "missing column"),
+            (
+                {"q": ["x"], "a": "y"},
+                "the column 'q' is a list, expected the question as a text",
+                "column of another type",
+            ),
+        ],
+    )
+    def test_columns_that_are_wrong(self, row: dict[str, Any], words: str, kind: str) -> None:
+        with pytest.raises(DataError) as caught:
+            parse_row(row, "f:1", RowFormat(columns={"question": "q", "answer": "a"}))
+        assert words in str(caught.value)
+        assert caught.value.kind == kind
