@@ -30,20 +30,49 @@ class BadSamples(L.Callback):
     def __init__(self) -> None:
         self.found: dict[str, dict[int, DataError]] = {}
         self._listed: set[tuple[str, str]] = set()
+        self._stage: str | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Begins a list, or goes on with that of the run that is resumed; enters what is known before the start."""
-        datamodule = trainer.datamodule
-        if not isinstance(datamodule, VLMDataModule):
+        """Forgets the run before."""
+        self.found, self._stage = {}, stage
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins the list."""
+        self._begin(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins the list."""
+        self._begin(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins the list."""
+        self._begin(trainer)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins the list."""
+        self._begin(trainer)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins the list."""
+        self._begin(trainer)
+
+    def _begin(self, trainer: L.Trainer) -> None:
+        """Begins a list, or goes on with that of the run that is resumed; enters what is known before the start.
+
+        Once per run, and not in `setup`: which checkpoint a run goes on from is known only after it.
+        """
+        datamodule, stage, self._stage = trainer.datamodule, self._stage, None
+        if stage is None or not isinstance(datamodule, VLMDataModule):
             return
-        self.found, path = {}, self._path(trainer)
+        path = self._path(trainer)
         if trainer.is_global_zero and stage == "fit" and trainer.ckpt_path is None and path.exists():
             number = next(n for n in range(1, 10_000) if not path.with_suffix(f".{n}.jsonl").exists())
             path.rename(path.with_suffix(f".{number}.jsonl"))
         trainer.strategy.barrier("bad_samples")  # nobody writes into the list of the run before
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self._listed = {(record["split"], record["source"]) for record in map(json.loads, lines)}
-        for split in {"fit": ("train", "val")}.get(stage, (stage if stage != "validate" else "val",)):
+        trainer.strategy.barrier("bad_samples")  # nor before everyone has read it
+        for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
             self._enter(trainer, split, datamodule.known_bad(split), on_every_rank=True)
 
     def on_train_batch_end(
