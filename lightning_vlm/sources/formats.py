@@ -180,11 +180,13 @@ def _from_columns(row: dict[str, Any], layout: RowFormat, source: str) -> dict[s
 
 
 def _parse_turn(turn: Any, number: int, role_key: str, content_key: str, tags: list[MediaKind], source: str) -> Turn:
+    if isinstance(turn, dict) and role_key not in turn and "role" in turn:  # a dialect of ShareGPT
+        role_key, content_key = "role", "content"
     if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
-        found = f"the keys {sorted(turn)}" if isinstance(turn, dict) else kind_of(turn)
+        found = f"has the keys {sorted(turn)}" if isinstance(turn, dict) else f"is {kind_of(turn)}"
         raise DataError(
             source,
-            f"turn {number} is {found}, expected {role_key!r} and {content_key!r}",
+            f"turn {number} {found}, expected {role_key!r} and {content_key!r}",
             "write both keys",
             "incomplete turn",
         )

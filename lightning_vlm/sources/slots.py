@@ -167,6 +167,7 @@ def fill_slots(turns: tuple[Turn, ...], media: list[MediaRef], kind: MediaKind, 
 def kind_of(value: Any) -> str:
     """What a value of a row is called."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
+    names |= {int: "a number", float: "a number"}
     return names.get(type(value), f"a {type(value).__name__}")
 
 

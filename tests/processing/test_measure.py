@@ -18,7 +18,7 @@ from lightning_vlm.media.image import image_to_patches
 from lightning_vlm.processing.image_processor import NemotronVLImageProcessor
 from lightning_vlm.processing.sizes import SampleLimit, SampleSize
 from lightning_vlm.processing.tiny import CHATML_TEMPLATE, SPECIAL_TOKENS, tiny_processor, tiny_tokenizer
-from lightning_vlm.schema import Conversation, DataError, ImageRef, Part, Sample, Text, Turn
+from lightning_vlm.schema import IGNORE_INDEX, Conversation, DataError, ImageRef, Part, Sample, Text, Turn
 
 SOURCE = "file.jsonl:12"
 WORDS = [
@@ -348,3 +348,34 @@ def test_layout_is_of_these_images() -> None:
     layout = lay_out_images([(32, 32)], processor.geometry)
     with pytest.raises(ValueError, match="zip"):
         processor.patchify([picture(32, 32)] * 2, layout)
+
+
+class TestCuttingText:
+    """``max_text``: the end is cut off, never an image, never all that is learned; measured as encoded."""
+
+    ROWS = (
+        user_then_assistant((ImageRef("a"), Text("which?")), "an answer that goes on " * 6),
+        user_then_assistant((Text("long " * 30),), "short"),
+        user_then_assistant((Text("first "), ImageRef("a"), Text(" last")), "é" * 20),
+    )
+    SIZES = ((64, 48),)
+
+    @pytest.mark.parametrize("name", ["dynamic", "static"])
+    @pytest.mark.parametrize("row", range(3))
+    def test_keeps_a_start_or_the_whole(self, name: str, row: int) -> None:
+        processor, conversation = PROCESSORS[name], self.ROWS[row]
+        sizes = self.SIZES[: len(conversation.images)]
+        images = [Image.new("RGB", (width, height)) for height, width in sizes]
+        whole = processor.encode(conversation, images)
+        start = int((whole.labels != IGNORE_INDEX).nonzero()[0])
+        ends = (whole.input_ids == processor.image_end_token_id).nonzero()
+        least = max(start + 1, int(ends[-1]) + 1 if len(ends) else 0)
+        for tokens in range(1, len(whole) + 2):
+            size = processor.measure(conversation, sizes, max_text=tokens)
+            cut = processor.encode(conversation, images, max_text=tokens)
+            expected = tokens if least <= tokens < len(whole) else len(whole)
+            assert len(cut) == size.tokens == expected
+            assert size.scaled == (expected < len(whole))
+            assert torch.equal(cut.input_ids, whole.input_ids[:expected])
+            assert torch.equal(cut.labels, whole.labels[:expected])
+            assert cut.prompt_length == whole.prompt_length

@@ -84,6 +84,10 @@ def test_inline_and_listed_images_mix() -> None:
     assert [image.ref for image in parse_row(row, "f:1").images] == ["inline.png", "1.png", "2.png"]
 
 
+def test_sharegpt_with_the_keys_of_openai_is_read() -> None:
+    assert parse_row({"conversations": [USER, BOT]}, "f:1").turns == parse_row({"messages": [USER, BOT]}, "f:1").turns
+
+
 def test_null_columns_are_absent_columns() -> None:
     row = {**SAME["llava"], "images": None, "messages": None, "answers": None}
     assert parse_row(row, "f:1").turns == (ASK, SAY)
@@ -113,7 +117,7 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     "turn not an object": ({"messages": ["hi"]}, ["turn 1", "a text"]),
     "unknown role": ({"messages": [{"role": "wizard", "content": "x"}]}, ["turn 1", "'wizard'", "user, assistant"]),
     "role not a text": ({"messages": [{"role": 3, "content": "x"}]}, ["turn 1", "unknown role 3"]),
-    "content is a number": ({"messages": [{"role": "user", "content": 5}]}, ["turn 1", "a int", "list of parts"]),
+    "content is a number": ({"messages": [{"role": "user", "content": 5}]}, ["turn 1", "a number", "list of parts"]),
     "unknown part": (
         {"messages": [{"role": "user", "content": [{"type": "smell", "smell": "v"}]}]},
         ["turn 1", "smell", "(or video, audio)"],
