@@ -6,7 +6,6 @@ Built from plain values, does no work before `setup`, touches no device. Without
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,32 +14,25 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_vlm.automodel.collate_choice import collate_for
 from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.data.collate import PackedCollate, PaddedCollate
 from lightning_vlm.data.dataset import OverlongPolicy, SampleDataset
+from lightning_vlm.data.examples import ExampleCollate, ExampleDataset, blank_example
 from lightning_vlm.data.ledger import Ledger
 from lightning_vlm.data.lengths import measure_lengths
 from lightning_vlm.data.loader import ResumableLoader
 from lightning_vlm.data.plan import BatchOptions, DataPlan, SamplerName, in_file_order
 from lightning_vlm.data.samplers import EpochPlan, Position
 from lightning_vlm.data.screening import BadSamplePolicy
+from lightning_vlm.data.selection import OUR_COLLATES, Files, check_examples, check_selections, listed
 from lightning_vlm.data.split import ReadOptions, Split
 from lightning_vlm.data.summary import PlanSummary, summarize
 from lightning_vlm.media.load import MediaPolicy
+from lightning_vlm.processing.load import load_processor
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import DataError, Sample, StoppingError
-from lightning_vlm.sources.open import DataSource, SourceLike, group_names
-from lightning_vlm.sources.rows import RowSource
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "sampler": ("shuffle", "sequential", "length_grouped", "token_budget"),
-    "packing": (False, True),
-    "collate": ("auto", "padded", "packed"),
-    "overlong": ("error", "drop", "truncate_text", "downscale_images"),
-    "verify": ("rows", "headers", "decode"),
-}
-
-Files = str | DataSource | list[str | DataSource] | None
+from lightning_vlm.sources.open import group_names
 
 
 class VLMDataModule(L.LightningDataModule):
@@ -53,7 +45,8 @@ class VLMDataModule(L.LightningDataModule):
         val: Files to validate on while training.
         test: Files to test on.
         predict: Files whose last user turn is to be answered.
-        processor: Folder or repository name of a processor, or a `NemotronVLProcessor`.
+        processor: Folder or repository name of a processor, or a processor: a `NemotronVLProcessor` for our module, or
+            one of transformers for another family's.
         media_root: Folder that media paths start from and may not leave; each file's own folder by default.
         batch_size: Samples per device and micro-batch; where a budget rules, the average number of samples that the
             default budget is made for.
@@ -69,7 +62,10 @@ class VLMDataModule(L.LightningDataModule):
         num_workers: Processes that decode images; 0 decodes in the training process.
         sampler: ``shuffle`` (a new order each epoch), ``sequential``, ``length_grouped`` (similar lengths together) or
             ``token_budget`` (as many similar samples per padded batch as fit). Evaluation is always sequential.
-        collate: ``auto``, ``padded`` or ``packed`` (rows without padding from any sampler's batches).
+        collate: ``auto``, ``padded`` or ``packed`` (rows without padding from any sampler's batches). With a processor
+            of another family, ``auto`` takes the collate function of that family; a function may also be named, e.g.
+            ``qwen2_5``, or by its import path. Such batches are plain dicts, for a module of your own.
+        collate_options: Further arguments of a collate function, e.g. ``{max_length: 2048}``.
         seed: Seed of the order.
         max_image_pixels: Most pixels of one image, checked before decoding.
         allow_urls: Read media that rows name by URL: ``true`` for http and https, or a list of schemes, e.g. ``[s3]``.
@@ -105,6 +101,7 @@ class VLMDataModule(L.LightningDataModule):
         batch_patches: int | None = None,
         overlong: str = "error",
         collate: str = "auto",
+        collate_options: dict[str, Any] | None = None,
         seed: int = 0,
         max_image_pixels: int = 64_000_000,
         allow_urls: bool | list[str] = False,
@@ -115,8 +112,10 @@ class VLMDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        _check_selections(sampler=sampler, packing=packing, collate=collate, overlong=overlong, verify=verify)
-        self.files = {"train": _listed(train), "val": _listed(val), "test": _listed(test), "predict": _listed(predict)}
+        if collate not in OUR_COLLATES and "." not in collate:
+            collate_for(None, collate)  # a known name, or an error
+        check_selections(sampler=sampler, packing=packing, collate=collate, overlong=overlong, verify=verify)
+        self.files = {"train": listed(train), "val": listed(val), "test": listed(test), "predict": listed(predict)}
         self.media_root = media_root
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -128,6 +127,7 @@ class VLMDataModule(L.LightningDataModule):
         self.batch_patches = batch_patches
         self.overlong: OverlongPolicy = overlong  # type: ignore[assignment]
         self.collate = collate
+        self.collate_options = collate_options or {}
         self.seed = seed
         self.max_image_pixels = max_image_pixels
         self.allow_urls = allow_urls
@@ -141,7 +141,7 @@ class VLMDataModule(L.LightningDataModule):
         self._restored: dict[str, Any] | None = None
 
     @property
-    def processor(self) -> NemotronVLProcessor:
+    def processor(self) -> Any:
         """The processor, loaded at first use.
 
         Raises:
@@ -153,11 +153,11 @@ class VLMDataModule(L.LightningDataModule):
                 "VLMDataModule has no processor",
                 "name one: processor='folder', or pass a NemotronVLProcessor",
             )
-        if not isinstance(self._processor, NemotronVLProcessor):
-            name = pretrained_source(self._processor, "data.processor (by default model.model_id)")
+        if isinstance(self._processor, (str, Path)):
+            name = pretrained_source(str(self._processor), "data.processor (by default model.model_id)")
             try:
-                self._processor = NemotronVLProcessor.from_pretrained(name)
-            except OSError as error:
+                self._processor = load_processor(name)
+            except (OSError, ValueError) as error:
                 raise DataError(
                     "data.processor",
                     f"{name!r} holds no processor that can be loaded ({str(error).splitlines()[0]})",
@@ -319,6 +319,8 @@ class VLMDataModule(L.LightningDataModule):
         return EpochPlan(batcher, world_size, self.splits[split].fingerprint)
 
     def _data_plan(self, split: str, shuffled: bool = True) -> DataPlan:
+        if self.collate not in OUR_COLLATES or not isinstance(self.processor, NemotronVLProcessor):
+            self._check_examples()
         options = self._batch_options(split)
         show_progress = self.trainer is None or self.trainer.is_global_zero
         options = options if shuffled else in_file_order(options)
@@ -328,7 +330,13 @@ class VLMDataModule(L.LightningDataModule):
         urls = self.allow_urls if isinstance(self.allow_urls, bool) else tuple(self.allow_urls)
         media = MediaPolicy(Path(), self.max_image_pixels, urls)
         return ReadOptions(
-            self.media_root, media, self.template_kwargs, self.cache_dir, self.num_workers, self.bad_samples
+            self.media_root,
+            media,
+            self.template_kwargs,
+            self.cache_dir,
+            self.num_workers,
+            self.bad_samples,
+            as_examples=self.collate not in OUR_COLLATES,
         )
 
     def _batch_options(self, split: str) -> BatchOptions:
@@ -347,18 +355,31 @@ class VLMDataModule(L.LightningDataModule):
             self.verify,  # type: ignore[arg-type]
         )
 
+    def _check_examples(self) -> None:
+        default = {"packing": False, "overlong": "error", "max_tokens": None, "batch_tokens": None}
+        chosen = {name: getattr(self, name) for name in default if getattr(self, name) != default[name]}
+        if self.sampler in ("length_grouped", "token_budget"):
+            chosen["sampler"] = self.sampler
+        name = type(self.processor).__name__ if self.collate in OUR_COLLATES else f"collate={self.collate!r}"
+        check_examples(name, **chosen)
+
     def _loader(self, split: str, plan: EpochPlan, **options: Any) -> ResumableLoader:
         _, rank = self._ranks()
-        packed = split == "train" and self.packs_rows
+        dataset = self._data_plan(split).dataset
+        collate: Any = PackedCollate() if split == "train" and self.packs_rows else None
+        blank: Any = None
+        if isinstance(dataset, ExampleDataset):
+            collate = ExampleCollate(collate_for(self.processor, self.collate, **self.collate_options))
+            blank = blank_example()
         return ResumableLoader(
-            self._data_plan(split).dataset,
+            dataset,
             plan,
-            PackedCollate() if packed else PaddedCollate(self.processor.pad_token_id),
+            collate or PaddedCollate(self.processor.pad_token_id),
             rank=rank,
             num_workers=self.num_workers,
             pin_memory=self._pins_memory(),
             strict=self.bad_samples.strict,
-            blank_token_id=self.processor.pad_token_id,
+            blank=blank,
             **options,
         )
 
@@ -374,22 +395,3 @@ class VLMDataModule(L.LightningDataModule):
 
     def _pins_memory(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-
-
-def _check_selections(**selections: Any) -> None:
-    for name, value in selections.items():
-        if value not in _CHOICES[name]:
-            raise ValueError(f"{name}={value!r} is unknown; expected {' or '.join(map(repr, _CHOICES[name]))}")
-    if selections["packing"] and selections["collate"] == "padded":
-        raise ValueError("packing=True makes rows without padding; expected collate='auto' or 'packed', not 'padded'")
-    if selections["packing"] and selections["sampler"] in ("length_grouped", "token_budget"):
-        raise ValueError(
-            f"packing=True fills rows by itself; expected sampler='shuffle' or 'sequential', not "
-            f"{selections['sampler']!r}"
-        )
-
-
-def _listed(files: Any) -> list[SourceLike]:
-    if isinstance(files, (str, Path, DataSource, RowSource, Mapping)):
-        files = [files]
-    return [str(file) if isinstance(file, Path) else file for file in files or []]

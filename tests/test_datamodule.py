@@ -88,7 +88,7 @@ def test_images_come_from_the_files_folder_or_the_media_root(
             {"sampler": "random"},
             "sampler='random' is unknown; expected 'shuffle' or 'sequential' or 'length_grouped' or 'token_budget'",
         ),
-        ({"collate": "mine"}, "collate='mine' is unknown; expected 'auto' or 'padded' or 'packed'"),
+        ({"collate": "mine"}, "collate is 'mine'; expected 'auto', one of default, qwen2_5"),
         ({"packing": "yes"}, "packing='yes' is unknown; expected False or True"),
         (
             {"overlong": "cut"},

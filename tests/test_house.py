@@ -22,11 +22,12 @@ STEPS = {
     **dict.fromkeys(("media", "ops"), 1),
     **dict.fromkeys(("processing", "models", "sources"), 2),
     **dict.fromkeys(("data", "training", "strategies", "checkpoint"), 3),
-    **dict.fromkeys(("datamodule", "automodel"), 4),
-    "callbacks": 5,
-    "module": 6,
-    "commands": 7,
-    "cli": 8,
+    "automodel": 4,
+    "datamodule": 5,
+    "callbacks": 6,
+    "module": 7,
+    "commands": 8,
+    "cli": 9,
 }
 # The data half (rows to batches) and the model half (network to step) meet on step 0 only...
 HALVES = [({"media", "sources", "processing", "data", "automodel"}, {"models", "training"})]

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from lightning_vlm.cli import main
-from lightning_vlm.sources.formats import parse_row
 from lightning_vlm.data.synthetic import write_digits
+from lightning_vlm.sources.formats import parse_row
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -38,14 +38,32 @@ EXTRA_MEDIA_KEYS = (
     "num_patches",
     "patch_pixel_values",
     "patch_newline_mask",
+    "image_grid_hw",
+    "batch_num_images",
+    "pixel_attention_mask",
+    "image_pixel_values",
+    "image_attention_mask",
+    "input_image_embeds",
+    "video_position_ids",
+    "video_second_per_grid",
     "sound_features",
     "sound_attention_mask",
+    "input_features",
+    "input_features_mask",
+    "feature_attention_mask",
+    "audio_input_features",
+    "input_audio_embeds",
+    "audio_embed_sizes",
+    "audio_attention_mask",
 )
-"""Media of Nemotron Omni, Kimi, LLaVA and Step3, which NeMo's packing loses: Omni then trains on text alone. A pack
-holds those that its samples have."""
+"""Media of Nemotron Omni, Kimi, LLaVA, Gemma, Step3, Qwen Omni and Phi-4, which NeMo's packing loses: Omni then trains
+on text alone. A pack holds those that its samples have."""
 
 _PIXELS = ("pixel_values", "pixel_values_videos")
-_ONE_ROW_PER_IMAGE = ("image_grid_thw", "image_grid_hws", "grid_thws", "imgs_sizes", "image_sizes", "image_flags")
+_ONE_ROW_PER_IMAGE = (
+    "image_grid_thw", "image_grid_hws", "image_grid_hw", "grid_thws", "imgs_sizes", "image_sizes", "image_flags",
+)  # fmt: skip
+_COUNTS = ("n_images", "n_videos")
 
 
 def _aligned_length(length: int, alignment: int) -> int:
@@ -127,7 +145,7 @@ def _shift_sample(sample: dict[str, Any], has_mrope: bool = False) -> dict[str, 
 
     Returns:
         Tensors of ``(L - 1,)``, and the sample's own media that are not ``None``: `MEDIA_KEYS`, and unlike in NeMo
-        AutoModel `EXTRA_MEDIA_KEYS`. Everything else is left behind.
+        AutoModel `EXTRA_MEDIA_KEYS` and the counts ``n_images`` and ``n_videos``. Everything else is left behind.
 
     Raises:
         KeyError: If one of the three is missing.
@@ -141,7 +159,8 @@ def _shift_sample(sample: dict[str, Any], has_mrope: bool = False) -> dict[str, 
         shifted["mm_token_type_ids"] = token_types(sample)[:-1]
     if has_mrope and sample.get("position_ids") is not None:
         shifted["position_ids"] = sample["position_ids"][..., :-1]
-    return shifted | {key: sample[key] for key in (*MEDIA_KEYS, *EXTRA_MEDIA_KEYS) if sample.get(key) is not None}
+    kept = (*MEDIA_KEYS, *EXTRA_MEDIA_KEYS, *_COUNTS)
+    return shifted | {key: sample[key] for key in kept if sample.get(key) is not None}
 
 
 def token_types(sample: dict[str, Any]) -> Tensor:
@@ -211,6 +230,9 @@ def _build_packed_vlm_sample(
     }
     images = next((media[key] for key in _ONE_ROW_PER_IMAGE if media[key] is not None), ())
     videos = media["video_grid_thw"]
+    rows = {"n_images": len(images), "n_videos": 0 if videos is None else len(videos)}
+    # An encoder counted what was in the conversation; not every processor has a row per image.
+    counted = {name: sum(sample.get(name, 0) for sample in samples) for name in _COUNTS}
     return {
         "input_ids": joined([sample["input_ids"] for sample in samples], padding_idx),
         "labels": joined([sample["labels"] for sample in samples], IGNORE_INDEX),
@@ -219,8 +241,7 @@ def _build_packed_vlm_sample(
         "position_ids": position_ids,
         "seq_lens": lengths,
         "seq_lens_padded": padded,
-        "n_images": len(images),
-        "n_videos": 0 if videos is None else len(videos),
+        **{name: counted[name] or rows[name] for name in _COUNTS},
         **{key: value for key, value in media.items() if key in MEDIA_KEYS or value is not None},
     }
 
@@ -230,8 +251,9 @@ def merge_media(key: str, values: Sequence[Any]) -> Any:
 
     Args:
         key: Which of `MEDIA_KEYS` or `EXTRA_MEDIA_KEYS`.
-        values: Tensors whose first axis is concatenated. Pixels may also be lists of images, which are joined; and if
-            only some are lists, or images differ in size, so are the rows of tensors that hold an image each.
+        values: Tensors whose first axis is concatenated; where others differ, e.g. the duration of sounds or the number
+            of tiles, they are filled up. Pixels may also be lists of images, which are joined; and if only some are
+            lists, or images differ in size, so are the rows of tensors that hold an image each.
 
     Returns:
         A tensor, a list of images, or ``None`` for no values.
@@ -241,16 +263,38 @@ def merge_media(key: str, values: Sequence[Any]) -> Any:
     """
     if not values:
         return None
-    if key in _PIXELS and not (_all_tensors(values) and len({value.shape[1:] for value in values}) == 1):
-        if any(isinstance(value, Tensor) and value.ndim < 4 for value in values):
-            kinds = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
-            raise TypeError(f"{key} of the samples do not go together: {kinds}; expected the same kind of all")
-        return [image for value in values for image in value]
+    if key in _PIXELS and not _go_together(values):
+        return _as_images(key, values)
     tensors = [torch.as_tensor(value) for value in values]
-    if key.startswith("sound_"):  # clips of several durations: silence behind the shorter ones, hidden by their mask
-        frames = max(tensor.shape[1] for tensor in tensors)
-        tensors = [pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, frames - tensor.shape[1])) for tensor in tensors]
+    if len({tensor.ndim for tensor in tensors}) == 1:  # sounds of several durations, images of several tiles
+        widths = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors))]
+        fill = -1 if key.endswith("position_ids") else 0
+        tensors = [_widened(tensor, widths, fill) for tensor in tensors]
     return torch.cat(tensors)
+
+
+def _go_together(pixels: Sequence[Any]) -> bool:
+    """Whether pixels are tensors of one shape, or of images that differ in their number of tiles alone (5 axes)."""
+    if not _all_tensors(pixels):
+        return False
+    return len({value.shape[2 if value.ndim == 5 else 1 :] for value in pixels}) == 1
+
+
+def _as_images(key: str, values: Sequence[Any]) -> list[Tensor]:
+    if any(isinstance(value, Tensor) and value.ndim < 4 for value in values):
+        kinds = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
+        raise TypeError(f"{key} of the samples do not go together: {kinds}; expected the same kind of all")
+    return [image for value in values for image in value]
+
+
+def _widened(tensor: Tensor, widths: Sequence[int], fill: int) -> Tensor:
+    """A tensor whose axes but the first are filled up at their end: silence, or tiles that masks or sizes hide."""
+    missing = [width - size for width, size in zip(widths, tensor.shape[1:])]
+    return (
+        pad(tensor, [number for size in reversed(missing) for number in (0, size)], value=fill)
+        if any(missing)
+        else tensor
+    )
 
 
 def _all_tensors(values: Sequence[Any]) -> bool:

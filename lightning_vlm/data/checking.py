@@ -13,13 +13,9 @@ from typing import Any
 import numpy as np
 
 from lightning_vlm.data.dataset import SampleDataset
-from lightning_vlm.data.lengths import LengthTable, measure_lengths
-from lightning_vlm.data.passes import pass_over
-from lightning_vlm.media.audio import audio_info
-from lightning_vlm.media.load import verify_image
-from lightning_vlm.media.video import video_info
-from lightning_vlm.processing.processor import NemotronVLProcessor
-from lightning_vlm.schema import AudioRef, DataError, ImageRef
+from lightning_vlm.data.examples import ExampleDataset
+from lightning_vlm.data.lengths import measure_lengths
+from lightning_vlm.schema import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +117,8 @@ def check_samples(
         cache_dir: Where measured lengths are kept; a later fit reads them.
         show_progress: Show a progress bar on stderr.
     """
-    if isinstance(dataset.processor, NemotronVLProcessor):
-        table = measure_lengths(dataset, num_workers, cache_dir, show_progress, decode)
-        tokens: np.ndarray | None = table.tokens
-    else:
-        table = _look_at_media(dataset, decode, num_workers, show_progress)
-        tokens = None
+    table = measure_lengths(dataset, num_workers, cache_dir, show_progress, decode)
+    tokens = None if isinstance(dataset, ExampleDataset) else table.tokens
     sources, start = [], 0
     for source in dataset.sources:
         own = slice(start, start + len(source))
@@ -144,26 +136,6 @@ def check_samples(
         )
         start = own.stop
     return SplitCheck(name, tuple(sources), tuple(table.errors.values()))
-
-
-def _look_at_media(dataset: SampleDataset, decode: bool, num_workers: int, show_progress: bool) -> LengthTable:
-    """The same for rows whose length nobody can tell yet: those for another family's processor."""
-
-    def look(index: int) -> tuple[int, ...]:
-        conversation, policy = dataset.conversation(index), dataset.policy(index)
-        for medium in conversation.media:
-            if isinstance(medium, ImageRef):
-                verify_image(medium.ref, policy, conversation.source, decode)
-            elif isinstance(medium, AudioRef):
-                audio_info(medium.ref, policy, conversation.source)
-            else:
-                video_info(medium.ref, policy, conversation.source)
-        return len(conversation.images), bool(conversation.notes)
-
-    found, errors = pass_over(len(dataset), look, 2, "reading headers", num_workers, show_progress)
-    nothing = np.zeros(len(dataset), np.int32)
-    images, repaired = found[:, 0].copy(), found[:, 1].astype(np.bool_)
-    return LengthTable(nothing, nothing, images, nothing.astype(np.bool_), repaired, errors)
 
 
 def summarize_checks(checks: Sequence[SplitCheck]) -> str:

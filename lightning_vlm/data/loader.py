@@ -28,10 +28,9 @@ class _BatchDataset(Dataset):
     """
 
     def __init__(
-        self, samples: Any, collate: Callable[[Sequence[Sample], bool], VLMBatch], strict: bool, blank_token_id: int
+        self, samples: Any, collate: Callable[[Sequence[Any], bool], VLMBatch], strict: bool, blank: Any
     ) -> None:
-        self.samples, self.collate, self.strict = samples, collate, strict
-        self.blank = blank_sample(blank_token_id)
+        self.samples, self.collate, self.strict, self.blank = samples, collate, strict, blank
 
     def __getitem__(self, planned: PlannedBatch) -> VLMBatch | DataError:
         bad: dict[int, DataError] = {}
@@ -66,7 +65,7 @@ class ResumableLoader:
         micro_batches: Returns how many micro-batches form an optimizer step.
         stop: Returns how many batches of an epoch will be taken (``limit_train_batches``).
         strict: A bad sample is an error; otherwise its batch comes without it.
-        blank_token_id: Token of the stand-in for a batch of bad samples alone.
+        blank: What stands for a batch of bad samples alone; a sample of one token by default.
     """
 
     def __init__(
@@ -80,13 +79,13 @@ class ResumableLoader:
         micro_batches: Callable[[], int] = lambda: 1,
         stop: Callable[[], int] | None = None,
         strict: bool = True,
-        blank_token_id: int = 0,
+        blank: Any = None,
     ) -> None:
         self.plan = plan
         self.rank = rank
         self.position = Position()
         self._start = Position()
-        self._batches = _BatchDataset(samples, collate, strict, blank_token_id)
+        self._batches = _BatchDataset(samples, collate, strict, blank_sample(0) if blank is None else blank)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
         self._micro_batches = micro_batches

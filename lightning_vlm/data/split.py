@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_vlm.data.dataset import SampleDataset
+from lightning_vlm.data.examples import ExampleDataset
 from lightning_vlm.data.plan import BatchOptions, DataPlan, plan_data
 from lightning_vlm.data.screening import BadSamplePolicy
 from lightning_vlm.media.load import MediaPolicy
+from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import DataError
 from lightning_vlm.sources.open import SourceLike, open_sources
 from lightning_vlm.sources.rows import RowSource
@@ -29,6 +31,7 @@ class ReadOptions:
     cache_dir: str | None
     num_workers: int
     bad_samples: BadSamplePolicy
+    as_examples: bool = False
 
 
 class Split:
@@ -90,7 +93,9 @@ class Split:
 
     def dataset(self, options: BatchOptions, reading: ReadOptions, processor: Any) -> SampleDataset:
         """The samples, none left out."""
-        return SampleDataset(
+        ours = isinstance(processor, NemotronVLProcessor) and not reading.as_examples
+        kind = SampleDataset if ours else ExampleDataset
+        return kind(
             self.sources,
             processor,
             reading.media,

@@ -87,17 +87,42 @@ def open_file(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
-def read_range(path: str, start: int, size: int) -> bytes:
-    """Some bytes of a file. Keeps nothing open: workers would share the position of what they inherit."""
-    if is_url(path):
-        system, name = filesystem(path)
-        return system.cat_file(name, start=start, end=start + size)
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        parts = [file.read(size)]
-        while parts[-1] and (missing := size - sum(map(len, parts))):  # a raw read may return less
-            parts.append(file.read(missing))
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+class RangeReader:
+    """Reads any bytes of a file, which is opened once per process.
+
+    Workers may share what they inherit: each read says where it starts. A file that is replaced meanwhile is read on as
+    it was, so an index of it stays true.
+
+    Args:
+        path: Path or fsspec URL.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+
+    def read(self, start: int, size: int) -> bytes:
+        """Some bytes, fewer at the file's end.
+
+        Args:
+            start: The first.
+            size: How many.
+        """
+        if is_url(self.path):
+            system, name = filesystem(self.path)
+            return system.cat_file(name, start=start, end=start + size)
+        if self._file is None:
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed with the reader)
+        content = os.pread(self._file.fileno(), size, start)
+        while len(content) < size and (
+            more := os.pread(self._file.fileno(), size - len(content), start + len(content))
+        ):
+            content += more  # one call may return less
+        return content
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open file: another process opens its own."""
+        return {"path": self.path, "_file": None}
 
 
 def stamp(path: str) -> tuple[Any, ...]:

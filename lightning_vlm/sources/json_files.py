@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lightning_vlm.schema import DataError
-from lightning_vlm.sources.files import cached_array, check_file, is_url, name_and_folder, open_file, read_range, stamp
+from lightning_vlm.sources.files import RangeReader, cached_array, check_file, is_url, name_and_folder, open_file, stamp
 from lightning_vlm.sources.formats import RowFormat
 from lightning_vlm.sources.rows import RowSource
 
@@ -46,6 +46,7 @@ class JsonSource(RowSource):
         self.name, self.media_root = name_and_folder(self.path)
         check_file(self.path, "a JSONL or JSON file")
         self._stamp = stamp(self.path)
+        self._reader = RangeReader(self.path)
         self.is_array = self.path.endswith(".json")
         scan = _scan_array if self.is_array else _scan_lines
         kind = "array" if self.is_array else "lines"
@@ -74,7 +75,7 @@ class JsonSource(RowSource):
             DataError: If it is not JSON.
         """
         start, size, _ = self._index[:, index].tolist()
-        return decode_json(read_range(self.path, start, size), self.place(index))
+        return decode_json(self._reader.read(start, size), self.place(index))
 
 
 def decode_json(content: bytes, place: str) -> Any:

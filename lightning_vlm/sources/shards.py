@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lightning_vlm.schema import DataError, FileSlice
-from lightning_vlm.sources.files import cached_array, check_file, name_and_folder, open_file, read_range, stamp
+from lightning_vlm.sources.files import RangeReader, cached_array, check_file, name_and_folder, open_file, stamp
 from lightning_vlm.sources.formats import RowFormat
 from lightning_vlm.sources.json_files import decode_json
 from lightning_vlm.sources.rows import RowSource
@@ -51,6 +51,7 @@ class ShardSource(RowSource):
         self.name, self.media_root = name_and_folder(self.path)
         check_file(self.path, "a tar file")
         self._stamp = stamp(self.path)
+        self._reader = RangeReader(self.path)
         self._members, self.fingerprint = cached_array(self.path, f"tar {_FORM}", lambda: _walk(self.path), cache_dir)
         self._ends = np.flatnonzero(np.diff(self._members["sample"], append=-1)) + 1
         if not len(self):
@@ -85,11 +86,11 @@ class ShardSource(RowSource):
             if kind is not None:
                 media.setdefault(kind, {})[extension] = at
             elif suffix == "json":
-                content = decode_json(read_range(at.path, at.offset, at.size), place)
+                content = decode_json(self._reader.read(at.offset, at.size), place)
                 row |= content if isinstance(content, dict) else {extension: content}
             else:
                 try:
-                    row[extension] = read_range(at.path, at.offset, at.size).decode()
+                    row[extension] = self._reader.read(at.offset, at.size).decode()
                 except UnicodeDecodeError as error:
                     raise DataError(
                         place,

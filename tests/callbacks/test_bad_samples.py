@@ -1,4 +1,4 @@
-"""BadSamples: a run ends in spite of broken data, names exactly what was broken, and learns as if it had not been there."""
+"""BadSamples: a run ends in spite of broken data, names what was broken, and learns as if it had not been there."""
 
 from __future__ import annotations
 
