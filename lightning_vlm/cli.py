@@ -18,7 +18,7 @@ import urllib.parse
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from jsonargparse import Namespace
@@ -31,13 +31,14 @@ from lightning_vlm.callbacks.throughput import Throughput
 from lightning_vlm.commands.check import check_data
 from lightning_vlm.commands.doctor import examine
 from lightning_vlm.commands.plan import planned_ranks, print_plan
+from lightning_vlm.commands.preview import print_preview
 from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.module import NemotronVLModule
 from lightning_vlm.schema import DataError
 from lightning_vlm.training.isolation import IsolationError
 
-_SUBCOMMANDS = ("fit", "validate", "test", "predict", "check", "plan", "doctor")
-_WITHOUT_TRAINER = ("check", "plan", "doctor")
+_SUBCOMMANDS = ("fit", "validate", "test", "predict", "check", "preview", "plan", "doctor")
+_WITHOUT_TRAINER = ("check", "preview", "plan", "doctor")
 _UNKNOWN = re.compile(
     r"unrecognized arguments: -*(?P<a>[\w.\-]+)"
     r"|Option '(?P<b>[^']+)' is not accepted"
@@ -112,6 +113,24 @@ class VLMTrainer(L.Trainer):
             examples: Errors of each kind that are written out.
         """
 
+    def preview(
+        self,
+        count: int = 5,
+        split: Literal["train", "val", "test", "predict"] = "train",
+        page: str = "preview.html",
+        indices: list[int] | None = None,
+        source: str | None = None,
+    ) -> None:
+        """Shows samples as the model gets them: text, trained or not, tokens and images; printed and as a page.
+
+        Args:
+            count: How many (-n): the first ones in the order in which training takes them.
+            split: Which data.
+            page: HTML file to write, in trainer.default_root_dir unless it is absolute; empty for none.
+            indices: These samples instead, by their numbers in the split, e.g. [3,17].
+            source: Those of this place instead, e.g. rows.jsonl:12.
+        """
+
     def plan(self, ranks: int | None = None, picture: str = "plan.png") -> None:
         """Prints what an epoch of training consists of, and draws it.
 
@@ -183,6 +202,8 @@ class VLMCLI(LightningCLI):
         if subcommand == "check":  # flags that take no value, which parameters of a method cannot be
             parser.add_argument("--decode", action="store_true", help="Read media in full, not their headers alone.")
             parser.add_argument("--json", action="store_true", help="Print one JSON object with all errors.")
+        if subcommand == "preview":
+            parser._option_string_actions["-n"] = parser._option_string_actions["--count"]
         return parser
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -191,6 +212,11 @@ class VLMCLI(LightningCLI):
         elif subcommand == "check":
             config = self.config.check
             self.exit_code = 0 if check_data(self.datamodule, config.decode, config.json, config.examples) else 1
+        elif subcommand == "preview":
+            config = self.config.preview
+            page = Path(config.trainer.default_root_dir or ".", config.page) if config.page else None
+            shown = print_preview(self.datamodule, config.count, config.split, page, config.indices, config.source)
+            self.exit_code = 0 if shown else 1
         elif subcommand == "plan":
             config = self.config.plan
             ranks = config.ranks or planned_ranks(config.trainer) or 1

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_vlm.automodel.collate_choice import collate_for
-from lightning_vlm.checkpoint.source import pretrained_source
+from lightning_vlm.checkpoint.source import open_processor
 from lightning_vlm.data.collate import PackedCollate, PaddedCollate
 from lightning_vlm.data.dataset import OverlongPolicy, SampleDataset
 from lightning_vlm.data.examples import ExampleCollate, ExampleDataset, blank_example
@@ -23,13 +23,13 @@ from lightning_vlm.data.ledger import Ledger
 from lightning_vlm.data.lengths import measure_lengths
 from lightning_vlm.data.loader import ResumableLoader
 from lightning_vlm.data.plan import BatchOptions, DataPlan, SamplerName, in_file_order
+from lightning_vlm.data.preview import Previews, make_previews
 from lightning_vlm.data.samplers import EpochPlan, Position
 from lightning_vlm.data.screening import BadSamplePolicy
 from lightning_vlm.data.selection import OUR_COLLATES, Files, check_examples, check_selections, listed
 from lightning_vlm.data.split import ReadOptions, Split
 from lightning_vlm.data.summary import PlanSummary, summarize
 from lightning_vlm.media.load import MediaPolicy
-from lightning_vlm.processing.load import load_processor
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import DataError, Sample, StoppingError
 from lightning_vlm.sources.open import group_names
@@ -147,22 +147,7 @@ class VLMDataModule(L.LightningDataModule):
         Raises:
             DataError: If none was named, or it cannot be loaded.
         """
-        if self._processor is None:
-            raise DataError(
-                "data.processor",
-                "VLMDataModule has no processor",
-                "name one: processor='folder', or pass a NemotronVLProcessor",
-            )
-        if isinstance(self._processor, (str, Path)):
-            name = pretrained_source(str(self._processor), "data.processor (by default model.model_id)")
-            try:
-                self._processor = load_processor(name)
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    "data.processor",
-                    f"{name!r} holds no processor that can be loaded ({str(error).splitlines()[0]})",
-                    "save one there with NemotronVLProcessor.save_pretrained, or name another folder",
-                ) from error
+        self._processor = open_processor(self._processor)
         return self._processor
 
     def prepare_data(self) -> None:
@@ -294,6 +279,11 @@ class VLMDataModule(L.LightningDataModule):
         """Whether training rows are packed."""
         return self.packing or self.collate == "packed"
 
+    def preview(self, count: int = 5, split: str = "train", **which: Any) -> Previews:
+        """Some samples as the model gets them: the first ``count`` of training, or ``which``, see `make_previews`."""
+        self.splits[split].open(self._reading())
+        return make_previews(self._data_plan(split), self._epoch_plan(split), count, split, **which)
+
     def probe_samples(self, count: int = 2) -> list[Sample]:
         """The first samples that training will see, for checks before it starts."""
         plan = self.train_plan()
@@ -321,9 +311,8 @@ class VLMDataModule(L.LightningDataModule):
     def _data_plan(self, split: str, shuffled: bool = True) -> DataPlan:
         if self.collate not in OUR_COLLATES or not isinstance(self.processor, NemotronVLProcessor):
             self._check_examples()
-        options = self._batch_options(split)
         show_progress = self.trainer is None or self.trainer.is_global_zero
-        options = options if shuffled else in_file_order(options)
+        options = self._batch_options(split) if shuffled else in_file_order(self._batch_options(split))
         return self.splits[split].plan(options, self._reading(), show_progress, rank_zero_info)
 
     def _reading(self) -> ReadOptions:

@@ -173,6 +173,7 @@ class BadSamples(L.Callback):
             torch.distributed.all_gather_object(everyones, found)
             for others in everyones:
                 found |= others
+            found = self.found["train"] = dict(sorted(found.items()))  # the same sentence on every rank
         self._listed |= {("train", error.source) for error in found.values()}
         datamodule.bad_samples.check(found, datamodule.num_samples("train"), "data.train")
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
+from lightning_vlm.processing.load import load_processor
 from lightning_vlm.schema import DataError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -38,3 +40,31 @@ def pretrained_source(name: str | os.PathLike[str], option: str) -> str:
         "repository's full name, organisation/name",
         f"correct {option}",
     )
+
+
+def open_processor(processor: Any) -> Any:
+    """The processor that a data module is given, loaded where only its name is.
+
+    Args:
+        processor: A processor, the folder or repository of one, or ``None``.
+
+    Raises:
+        DataError: If there is none, or it cannot be loaded.
+    """
+    if processor is None:
+        raise DataError(
+            "data.processor",
+            "VLMDataModule has no processor",
+            "name one: processor='folder', or pass a NemotronVLProcessor",
+        )
+    if not isinstance(processor, (str, Path)):
+        return processor
+    name = pretrained_source(str(processor), "data.processor (by default model.model_id)")
+    try:
+        return load_processor(name)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            "data.processor",
+            f"{name!r} holds no processor that can be loaded ({str(error).splitlines()[0]})",
+            "save one there with NemotronVLProcessor.save_pretrained, or name another folder",
+        ) from error

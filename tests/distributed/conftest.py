@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_vlm import NemotronVLConfig, NemotronVLModule, VLMDataModule
 from lightning_vlm.processing.tiny import tiny_processor
+from lightning_vlm.schema import DataError
 
 TINY = {"pattern": "M*", "hidden_size": 32, "vision_hidden_size": 32, "vision_layers": 1}
 
@@ -96,7 +97,7 @@ def fit(file: Path, folder: Path, ranks: int, stop_in: int | None, ckpt_path: Pa
     error = ""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    except RuntimeError as caught:
+    except (RuntimeError, DataError) as caught:
         error = str(caught)
     written = {"batches": record.batches, "step": trainer.global_step, "error": error}
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(written))

@@ -1,0 +1,190 @@
+"""Preview of one sample: its text in pieces that are trained or not, and its images, all from its tensors alone.
+
+Nothing is taken from the row that the sample was made of, so what a template, a tokenizer or a limit has changed is
+seen here. The price is that text is decoded, and tokens need not end where characters do: see `cut_pieces`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby, takewhile
+from typing import Any
+
+from lightning_vlm.data.preview_image import PreviewImage, sample_images
+from lightning_vlm.processing.processor import NemotronVLProcessor
+from lightning_vlm.schema import IGNORE_INDEX, DataError, Sample
+
+_MOST_BYTES = 4  # of a character in UTF-8, so the most tokens that hold parts of one character
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of text that is all trained on or all not, and no part of an image or all of one.
+
+    Attributes:
+        text: The decoded tokens; of an image, its placeholders.
+        trained: Whether the loss is taken on it.
+        marker: What is shown in place of an image's placeholders; empty for text.
+    """
+
+    text: str
+    trained: bool
+    marker: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The text, or the marker of an image."""
+        return self.marker or self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """One sample as the model gets it, or what is wrong with it.
+
+    Attributes:
+        index: Its number in the split.
+        source: Its place, e.g. ``file:line``.
+        pieces: Its text; joined, the tokenizer's decoding of all its tokens.
+        images: Its images in reading order.
+        num_tokens: All its tokens.
+        num_image_tokens: Those that stand for images.
+        num_label_tokens: Those that the loss is taken on.
+        notes: What a reader should know of this preview.
+        error: Why the sample cannot be used; all else is empty then.
+    """
+
+    index: int
+    source: str
+    pieces: tuple[Piece, ...] = ()
+    images: tuple[PreviewImage, ...] = ()
+    num_tokens: int = 0
+    num_image_tokens: int = 0
+    num_label_tokens: int = 0
+    notes: tuple[str, ...] = ()
+    error: DataError | None = None
+
+    @property
+    def text(self) -> str:
+        """The tokenizer's decoding of all tokens."""
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def trained_text(self) -> str:
+        """What the model learns to write."""
+        return "".join(piece.text for piece in self.pieces if piece.trained)
+
+
+def preview_sample(sample: Sample, index: int, processor: NemotronVLProcessor) -> Preview:
+    """Makes the preview of one sample.
+
+    Args:
+        sample: What a collate function is given.
+        index: Its number in the split.
+        processor: What made it.
+
+    Raises:
+        ValueError: If its text and its images do not belong together.
+    """
+    ids = sample.input_ids.tolist()
+    trained = (sample.labels != IGNORE_INDEX).tolist()
+    trained[:1] = [False] * len(trained[:1])  # nothing predicts the first token
+    image_numbers, tokens_per_image = number_images(ids, processor.image_token_id)
+    images: list[PreviewImage] = []
+    if sample.pixel_values is not None and sample.image_grid_hw is not None:
+        grids = [(rows, columns) for rows, columns in sample.image_grid_hw.tolist()]
+        images = sample_images(
+            sample.pixel_values, grids, tokens_per_image, processor.geometry, processor.image_processor
+        )
+    keys = list(zip(trained, image_numbers))
+    texts, num_cut = cut_pieces(processor.tokenizer, ids, keys)
+    markers = [f"<image {number}: {image}>" for number, image in enumerate(images, start=1)]
+    pieces = tuple(Piece(text, is_trained, markers[n - 1] if n else "") for text, (is_trained, n) in texts)
+    return Preview(
+        index=index,
+        source=sample.source,
+        pieces=pieces,
+        images=tuple(images),
+        num_tokens=len(ids),
+        num_image_tokens=sum(tokens_per_image),
+        num_label_tokens=sample.num_label_tokens,
+        notes=_notes(pieces, sample.num_label_tokens, num_cut),
+    )
+
+
+def number_images(input_ids: Sequence[int], image_token_id: int) -> tuple[list[int], list[int]]:
+    """Which image each token stands for.
+
+    Args:
+        input_ids: The tokens of one sample.
+        image_token_id: The placeholder; each unbroken run of it is one image.
+
+    Returns:
+        Per token, the number of its image from 1, or 0 for text; and per image, its tokens.
+    """
+    numbers: list[int] = []
+    counts: list[int] = []
+    for is_image, run in groupby(input_ids, key=lambda token: token == image_token_id):
+        length = len(list(run))
+        if is_image:
+            counts.append(length)
+        numbers += [len(counts) if is_image else 0] * length
+    return numbers, counts
+
+
+def cut_pieces(
+    tokenizer: Any, input_ids: Sequence[int], keys: Sequence[tuple[bool, int]]
+) -> tuple[list[tuple[str, tuple[bool, int]]], int]:
+    """Decodes tokens in runs of equal keys; joined, the texts are the decoding of the whole.
+
+    Decoding each run by itself would not be: decoders drop a leading space or put spaces between words. So a run's text
+    is what it adds to the decoding of all tokens before it. Where a run ends inside a character (a byte-level token
+    holds a part of one), the whole character goes to the trained side: its loss is taken at least in part.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        input_ids: The tokens.
+        keys: Per token, (trained, image number).
+
+    Returns:
+        Texts with their keys, empty ones left out; and the number of characters that were cut.
+    """
+
+    def decode(end: int) -> str:
+        tokens = list(input_ids[:end])
+        return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    whole = decode(len(input_ids))
+    pieces: list[tuple[str, tuple[bool, int]]] = []
+    cut: set[int] = set()
+    start = position = 0
+    for key, run in groupby(keys):
+        start += len(list(run))
+        end, moved = (len(whole), 0) if start == len(keys) else _boundary(decode, whole, start, key[0])
+        if moved:
+            cut.add(end - 1 if key[0] else end)
+        if end > position:
+            pieces.append((whole[position:end], key))
+            position = end
+    return pieces, len(cut)
+
+
+def _boundary(decode: Callable[[int], str], whole: str, tokens: int, trained: bool) -> tuple[int, int]:
+    """Where in ``whole`` the text of its first tokens ends, and by how many tokens that is moved out of a character."""
+    for moved in range(_MOST_BYTES):
+        start = decode(max(tokens + moved if trained else tokens - moved, 0))
+        if whole.startswith(start):
+            return len(start), moved
+    same = (one == other for one, other in zip(whole, decode(tokens)))
+    return len(list(takewhile(bool, same))), 0  # the decoder changes what it wrote before
+
+
+def _notes(pieces: Sequence[Piece], num_label_tokens: int, num_cut: int) -> tuple[str, ...]:
+    notes = []
+    if not num_label_tokens:
+        notes.append("nothing of this sample is trained on")
+    if num_cut:
+        notes.append(f"{num_cut} character(s) are cut by a border of trained tokens and shown as trained in whole")
+    if any("\ufffd" in piece.text for piece in pieces):
+        notes.append("U+FFFD stands for bytes that form no character: one was cut off, or the data has it so")
+    return tuple(notes)
