@@ -29,6 +29,7 @@ data/digits/.written: $(VENV)/.installed
 demo-data: data/digits/.written  ## Write the digits demo data
 
 demo: data/digits/.written  ## Train on digits, evaluate on held-out scans, leave a run folder
+	$(BIN)/lightning-vlm check --config $(CONFIG)
 	$(BIN)/lightning-vlm plan --config $(CONFIG)
 	$(BIN)/lightning-vlm fit --config $(CONFIG)
 	$(BIN)/lightning-vlm test --config $(CONFIG) --ckpt_path $(RUN)/checkpoints/last.ckpt
@@ -46,6 +47,7 @@ bench: $(VENV)/.installed  ## Measure the claims, each beside its peer
 	$(BIN)/python benchmarks/loss_head.py
 	$(BIN)/python benchmarks/image_path.py
 	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/data.py
 
 clean:  ## Remove the environment, data and runs
 	rm -rf $(VENV) data runs

@@ -50,7 +50,7 @@ def test_python_blocks(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_command_lines(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(demo)
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("lightning-vlm ")]
-    assert [line.split()[1] for line in lines] == ["fit", "fit", "predict", "plan", "doctor"]
+    assert [line.split()[1] for line in lines] == ["fit", "fit", "predict", "check", "preview", "plan", "doctor"]
     for steps, line in enumerate(lines, start=1):
         command = line.split()[1]
         limits = {"fit": ["--trainer.max_steps", str(2 * steps), *SHORT], "predict": SHORT[-2:]}.get(command, [])
