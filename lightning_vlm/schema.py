@@ -224,7 +224,7 @@ class VLMBatch:
             it in.
         cu_seqlens: ``(B + 1,)`` int32 document boundaries of a packed row, or ``None``.
         indices: ``(B,)`` int64 numbers of the samples in their dataset; the loader fills them in.
-        skipped: Planned samples that are not in the batch because they are bad: their numbers, and what is wrong.
+        skipped: Planned samples that are not in the batch because they are bad: the number of each, and what is wrong.
     """
 
     input_ids: Tensor
@@ -242,7 +242,7 @@ class VLMBatch:
     step_label_tokens: int = 0
     cu_seqlens: Tensor | None = None
     indices: Tensor | None = None
-    skipped: dict[int, DataError] = field(default_factory=dict)
+    skipped: list[tuple[int, DataError]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.sources)

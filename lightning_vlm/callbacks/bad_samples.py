@@ -136,7 +136,7 @@ class BadSamples(L.Callback):
 
     def _enter_batch(self, trainer: L.Trainer, split: str, batch: Any) -> None:
         if isinstance(batch, VLMBatch) and batch.skipped and isinstance(trainer.datamodule, VLMDataModule):
-            self._enter(trainer, split, batch.skipped)
+            self._enter(trainer, split, dict(batch.skipped))
 
     def _enter(self, trainer: L.Trainer, split: str, errors: dict[int, DataError], on_every_rank: bool = False) -> None:
         known = self.found.setdefault(split, {})

@@ -38,7 +38,7 @@ class EpochLedger(L.Callback):
         if self._ledger is None or batch.indices is None:
             return
         self._ledger.see(batch.indices[batch.counted].tolist())
-        for index, error in batch.skipped.items():
+        for index, error in batch.skipped:
             self._ledger.skip([index], error.kind)
         self._ledger.reached = batch_idx + 1
         self._tokens += batch.num_tokens

@@ -117,12 +117,12 @@ def check_samples(
         cache_dir: Where measured lengths are kept; a later fit reads them.
         show_progress: Show a progress bar on stderr.
     """
-    table = measure_lengths(dataset, num_workers, cache_dir, show_progress, decode)
+    table = measure_lengths(dataset, num_workers, cache_dir, show_progress, decode, fresh=True)
     tokens = None if isinstance(dataset, ExampleDataset) else table.tokens
-    sources, start = [], 0
+    sources, start, wrong = [], 0, np.array(sorted(table.errors), dtype=np.int64)
     for source in dataset.sources:
         own = slice(start, start + len(source))
-        bad = sum(own.start <= index < own.stop for index in table.errors)
+        bad = int(np.searchsorted(wrong, own.stop) - np.searchsorted(wrong, own.start))
         sources.append(
             SourceCheck(
                 path=source.path,

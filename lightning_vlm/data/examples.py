@@ -66,7 +66,7 @@ class ExampleBatch(dict[str, Any]):
         num_label_tokens: Labels other than -100.
         step_label_tokens: The same in all micro-batches of this rank's optimizer step; the loader fills it in.
         indices: Numbers of its samples; the loader fills them in.
-        skipped: Bad samples that are not in it: their numbers, and what is wrong.
+        skipped: Bad samples that are not in it: the number of each, and what is wrong.
     """
 
     def __init__(self, batch: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ class ExampleBatch(dict[str, Any]):
         self.num_label_tokens = int((labels != IGNORE_INDEX).sum()) if isinstance(labels, Tensor) else 0
         self.step_label_tokens = 0
         self.indices: Tensor | None = None
-        self.skipped: dict[int, DataError] = {}
+        self.skipped: list[tuple[int, DataError]] = []
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Moves every tensor, however deep, in place, and returns the batch (Lightning calls it)."""

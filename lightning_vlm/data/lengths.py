@@ -131,10 +131,12 @@ def measure_lengths(
     cache_dir: str | Path | None = None,
     show_progress: bool = True,
     decode: bool = False,
+    fresh: bool = False,
 ) -> LengthTable:
     """Measures every sample, or reads what was measured before.
 
-    A sample whose row or media cannot be used has size 0 and an entry in `LengthTable.errors`.
+    A sample whose row or media cannot be used has size 0 and an entry in `LengthTable.errors`. Those that were bad
+    before are looked at again: a file may have been put right.
 
     Args:
         dataset: The samples.
@@ -142,9 +144,10 @@ def measure_lengths(
         cache_dir: Folder of the tables; `default_cache_dir` when ``None``.
         show_progress: Show a progress bar on stderr while measuring.
         decode: Decode every medium too, to find damage that headers do not show; the sizes are the same.
+        fresh: Measure in any case: media may have changed, which no key can tell.
     """
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    for thorough in (True,) if decode else (True, False):  # what was decoded serves either wish
+    for thorough in () if fresh else (True,) if decode else (True, False):  # what was decoded serves either wish
         key = lengths_key(dataset, thorough)
         path = folder / f"{key}.npz"
         if not path.exists():
@@ -153,20 +156,50 @@ def measure_lengths(
             table = LengthTable.load(path, key)
             if len(table) != len(dataset):
                 raise ValueError(f"{path} holds the lengths of {len(table)} samples, expected {len(dataset)}")
-            return replace(table, errors=placed(table.errors, dataset))
+            return _heal(replace(table, errors=placed(table.errors, dataset)), dataset, thorough, key)
         except (FileNotFoundError, ValueError) as error:  # damaged, or removed just now
             _log.warning("%s; the samples are measured again", error)
 
-    def look(index: int) -> tuple[int, ...]:
-        size = dataset.size(index, decode)
-        return size.tokens, size.patches, size.images, size.scaled, size.repaired
-
     description = "decoding media" if decode else "measuring lengths"
+    look = _Look(dataset, decode)
     sizes, errors = pass_over(len(dataset), look, len(_COLUMNS), description, num_workers, show_progress)
     columns = {name: column.astype(_COLUMNS[name]) for name, column in zip(_COLUMNS, sizes.T)}
     table = LengthTable(**columns, errors=errors)
     key = lengths_key(dataset, decode)
-    path = folder / f"{key}.npz"
+    return _kept(table, folder / f"{key}.npz", key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What a worker does with an index; an object, for only those can be sent to a process that was not forked."""
+
+    dataset: SampleDataset
+    decode: bool
+
+    def __call__(self, index: int) -> tuple[int, ...]:
+        size = self.dataset.size(index, self.decode)
+        return tuple(int(getattr(size, name)) for name in _COLUMNS)
+
+
+def _heal(table: LengthTable, dataset: SampleDataset, decode: bool, key: str) -> LengthTable:
+    """A table whose bad samples were looked at again."""
+    look, errors = _Look(dataset, decode), {}
+    columns = {name: getattr(table, name) for name in _COLUMNS}
+    for index in table.errors:
+        try:
+            numbers = look(index)
+        except DataError as error:
+            errors[index] = error
+        else:
+            for column, number in zip(columns.values(), numbers):
+                column[index] = number
+    if len(errors) == len(table.errors):
+        return replace(table, errors=errors)
+    assert table.path is not None
+    return _kept(LengthTable(**columns, errors=errors), table.path, key)
+
+
+def _kept(table: LengthTable, path: Path, key: str) -> LengthTable:
     try:
         table.save(path, key)
     except OSError as error:
@@ -205,6 +238,7 @@ def lengths_key(dataset: SampleDataset, decode: bool = False) -> str:
         "limit": None if limit is None else asdict(limit),
         "max_text": dataset.max_text,
         "decode": decode,
+        "kind": type(dataset).__name__,
     }
     return _digest(parts)
 

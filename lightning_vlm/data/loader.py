@@ -33,22 +33,24 @@ class _BatchDataset(Dataset):
         self.samples, self.collate, self.strict, self.blank = samples, collate, strict, blank
 
     def __getitem__(self, planned: PlannedBatch) -> VLMBatch | DataError:
-        bad: dict[int, DataError] = {}
+        bad: list[tuple[int, DataError]] = []
         found: list[Sample] = []
+        good_indices: list[int] = []
         for index in planned.indices:
             try:
                 found.append(self.samples[index])
             except DataError as error:
                 if self.strict or isinstance(error, StoppingError):
                     return error
-                bad[index] = error
-        good_indices = [index for index in planned.indices if index not in bad]
+                bad.append((index, error))
+            else:
+                good_indices.append(index)
         if found:
             batch = self.collate(found, planned.counted)
         else:  # this rank takes the step with the others all the same
             batch, good_indices = self.collate([self.blank], False), list(planned.indices[:1])
         batch.indices = torch.tensor(good_indices)
-        batch.skipped = bad if planned.counted else {}
+        batch.skipped = bad if planned.counted else []
         return batch
 
 

@@ -78,7 +78,7 @@ class BadSamplePolicy:
 
 def told(count: int, total: int) -> str:
     """A number of samples with its share."""
-    return f"{count:,} of {total:,} samples ({100 * count / max(total, 1):.2g} %)"
+    return f"{count:,} of {total:,} samples ({100 * count / max(total, 1):.3g} %)"
 
 
 def named(errors: Iterable[DataError], count: int) -> str:
@@ -101,6 +101,17 @@ def to_records(errors: Mapping[int, DataError]) -> list[list[Any]]:
 def from_records(records: Iterable[list[Any]]) -> dict[int, DataError]:
     """Errors from plain data."""
     return {int(index): DataError(*parts) for index, *parts in records}
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadRow:
+    """What a worker does with an index."""
+
+    dataset: SampleDataset
+
+    def __call__(self, index: int) -> tuple[int, ...]:
+        self.dataset.conversation(index)
+        return ()
 
 
 def placed(errors: Mapping[int, DataError], dataset: SampleDataset) -> dict[int, DataError]:
@@ -137,13 +148,9 @@ def find_bad_rows(
     except (OSError, ValueError, TypeError) as error:
         _log.warning("%s holds no findings (%s); the rows are read again", path, error)
 
-    def look(index: int) -> tuple[int, ...]:
-        dataset.conversation(index)
-        return ()
-
     total = len(dataset)
     workers = num_workers if total > 10_000 else 0
-    _, errors = pass_over(total, look, 0, "reading rows", workers, show_progress and total > 10_000)
+    _, errors = pass_over(total, _ReadRow(dataset), 0, "reading rows", workers, show_progress and total > 10_000)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

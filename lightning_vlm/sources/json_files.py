@@ -47,7 +47,7 @@ class JsonSource(RowSource):
         check_file(self.path, "a JSONL or JSON file")
         self._stamp = stamp(self.path)
         self._reader = RangeReader(self.path)
-        self.is_array = self.path.endswith(".json")
+        self.is_array = self.path.lower().endswith(".json")
         scan = _scan_array if self.is_array else _scan_lines
         kind = "array" if self.is_array else "lines"
         # Starts, sizes and line numbers in columns.
@@ -165,6 +165,8 @@ def _scan_array(file: _Watched, path: str) -> Iterator[tuple[int, int, int]]:
         )
     text.move(1)
     if text.skip_space() == "]":
+        text.move(1)
+        text.check_end()
         return
     while True:
         text.skip_space()
@@ -174,6 +176,7 @@ def _scan_array(file: _Watched, path: str) -> Iterator[tuple[int, int, int]]:
         after = text.skip_space()
         text.move(1)
         if after == "]":
+            text.check_end()
             return
         if after != ",":
             found = "the end of the file" if not after else repr(after)
@@ -215,6 +218,16 @@ class _TextWindow:
         self.line += passed.count("\n")
         self.at += len(passed)
 
+    def check_end(self) -> None:
+        """Refuses anything but white space up to the end of the file."""
+        if found := self.skip_space():
+            raise DataError(
+                f"{self.path}:{self.line}",
+                f"behind the array stands {found!r}, expected the end of the file",
+                "write one array, or one object per line in a file that ends in .jsonl",
+                "not JSON",
+            )
+
     def move_over_value(self) -> None:
         """Moves to the end of the JSON value that starts here."""
         while True:
@@ -230,6 +243,13 @@ class _TextWindow:
                     f"{self.path}:{line}",
                     f"the file is not JSON from here on ({error.msg}), expected an array of rows",
                     "correct the file there (it may have been cut off)",
+                    "not JSON",
+                ) from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting without end
+                raise DataError(
+                    f"{self.path}:{self.line}",
+                    f"the file cannot be read from here on ({error}), expected plain JSON",
+                    "correct the row",
                     "not JSON",
                 ) from error
             goes_on = isinstance(value, (int, float)) and end > len(self.buffer) - 8  # with an exponent, say

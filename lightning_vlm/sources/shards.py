@@ -20,7 +20,7 @@ from lightning_vlm.sources.formats import RowFormat
 from lightning_vlm.sources.json_files import decode_json
 from lightning_vlm.sources.rows import RowSource
 
-_FORM = 1
+_FORM = 2
 _NAME_BYTES = 100  # of an extension in the index
 _MEDIA = {
     "images": ("avif", "bmp", "gif", "jp2", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"),
@@ -79,12 +79,13 @@ class ShardSource(RowSource):
         row: dict[str, Any] = {}
         media: dict[str, dict[str, FileSlice]] = {}
         for member in self._members[start:stop]:
-            extension = bytes(member["extension"]).decode()
+            extension = bytes(member["extension"]).decode(errors="surrogateescape")
             at = FileSlice(self.path, int(member["offset"]), int(member["size"]), extension)
             suffix = extension.rpartition(".")[2].lower()
             kind = next((kind for kind, suffixes in _MEDIA.items() if suffix in suffixes), None)
             if kind is not None:
                 media.setdefault(kind, {})[extension] = at
+                row.setdefault(extension, at)  # for a mapped column
             elif suffix == "json":
                 content = decode_json(self._reader.read(at.offset, at.size), place)
                 row |= content if isinstance(content, dict) else {extension: content}
@@ -99,6 +100,28 @@ class ShardSource(RowSource):
                         "not UTF-8",
                     ) from error
         return _with_media(row, media)
+
+
+def _is_media(extension: str) -> bool:
+    return any(extension.rpartition(".")[2].lower() in suffixes for suffixes in _MEDIA.values())
+
+
+def _check_end(file: Any, offset: int, path: str) -> None:
+    """A damaged header in the middle reads like the end of the archive: behind the real one are zeros alone."""
+    file.seek(offset)
+    size = 0
+    while block := file.read(2**20):
+        size += len(block)
+        if block.strip(b"\0"):
+            size = 0
+            break
+    if size < 512:
+        raise DataError(
+            path,
+            f"the shard goes on behind its end or breaks off (at byte {offset:,}), expected one whole tar file",
+            "write it again; shards are not joined with cat",
+            "damaged shard",
+        )
 
 
 def _with_media(row: dict[str, Any], media: dict[str, dict[str, FileSlice]]) -> dict[str, Any]:
@@ -129,6 +152,13 @@ def _walk(path: str) -> tuple[np.ndarray, str]:
             for member in shard:
                 folder, base = os.path.split(member.name)
                 stem, _, extension = base.partition(".")
+                if member.islnk() or member.issym():
+                    raise DataError(
+                        path,
+                        f"the member {member.name!r} is a link, expected files only",
+                        "write the shard with copies (tar --dereference --hard-dereference)",
+                        "damaged shard",
+                    )
                 if not member.isfile() or base.startswith("._") or not extension:
                     continue
                 number = seen.setdefault(f"{folder}/{stem}", len(seen))
@@ -140,7 +170,7 @@ def _walk(path: str) -> tuple[np.ndarray, str]:
                         "sort the members by name when the shard is written",
                         "damaged shard",
                     )
-                name = extension.encode()
+                name = extension.encode(errors="surrogateescape")
                 if len(name) > _NAME_BYTES:
                     raise DataError(
                         path,
@@ -150,7 +180,10 @@ def _walk(path: str) -> tuple[np.ndarray, str]:
                         "damaged shard",
                     )
                 found.append((number, member.offset_data, member.size, name))
-                digest.update(member.tobuf())
+                digest.update(member.get_info()["name"].encode(errors="surrogateescape") + b"%d/" % member.size)
+                if not _is_media(extension):  # what rows say; a medium is known by its size, as one beside a file is
+                    digest.update(shard.extractfile(member).read())  # type: ignore[union-attr]
+            _check_end(file, shard.offset, path)
     except tarfile.TarError as error:
         raise DataError(
             path,
