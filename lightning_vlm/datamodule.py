@@ -27,7 +27,7 @@ from lightning_vlm.data.preview import Previews, make_previews
 from lightning_vlm.data.samplers import EpochPlan, Position
 from lightning_vlm.data.screening import BadSamplePolicy
 from lightning_vlm.data.selection import OUR_COLLATES, Files, check_examples, check_selections, listed
-from lightning_vlm.data.split import ReadOptions, Split
+from lightning_vlm.data.split import ReadOptions, Split, check_ranks_agree
 from lightning_vlm.data.summary import PlanSummary, summarize
 from lightning_vlm.media.load import MediaPolicy
 from lightning_vlm.processing.processor import NemotronVLProcessor
@@ -178,11 +178,13 @@ class VLMDataModule(L.LightningDataModule):
 
     def dataset_to_check(self, split: str) -> tuple[SampleDataset | None, list[DataError]]:
         """All samples of a split, however many are bad; and what is wrong with sources that cannot be opened."""
-        errors = self.splits[split].open_each(self._reading())
-        if not self.splits[split].sources:
-            return None, errors
-        processor = None if self._processor is None else self.processor
-        return self.splits[split].dataset(self._batch_options(split), self._reading(), processor), errors
+        reading, files = self._reading(), self.splits[split]
+        errors, dataset = files.open_each(reading), None
+        if files.sources:
+            processor = None if self._processor is None else self.processor
+            dataset = files.dataset(self._batch_options(split), reading, processor)
+        files.close()
+        return dataset, errors
 
     def groups(self, split: str) -> dict[str, str]:
         """The name that each source's scores are logged under, by its path."""
@@ -207,6 +209,7 @@ class VLMDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Resumable batches to train on."""
         plan = self.train_plan()
+        check_ranks_agree(plan.fingerprint, len(self.known_bad("train")), *self._ranks())
         self._train_loader = self._loader(
             "train",
             plan,
@@ -342,6 +345,7 @@ class VLMDataModule(L.LightningDataModule):
             self.overlong,
             self.seed,
             self.verify,  # type: ignore[arg-type]
+            weighted=True,
         )
 
     def _check_examples(self) -> None:

@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_vlm.data.examples import ExampleBatch
 from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.schema import DataError, VLMBatch
 
@@ -69,8 +70,14 @@ class BadSamples(L.Callback):
             number = next(n for n in range(1, 10_000) if not path.with_suffix(f".{n}.jsonl").exists())
             path.rename(path.with_suffix(f".{number}.jsonl"))
         trainer.strategy.barrier("bad_samples")  # nobody writes into the list of the run before
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._listed = {(record["split"], record["source"]) for record in map(json.loads, lines)}
+        records = _records(path)
+        self._listed = {(record["split"], record["source"]) for record in records}
+        if stage == "fit":  # what the run before found counts on
+            self.found["train"] = {
+                record["index"]: DataError(*(record[key] for key in ("source", "problem", "fix", "kind")))
+                for record in records
+                if record["split"] == "train"
+            }
         trainer.strategy.barrier("bad_samples")  # nor before everyone has read it
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
             self._enter(trainer, split, datamodule.known_bad(split), on_every_rank=True)
@@ -85,8 +92,8 @@ class BadSamples(L.Callback):
         """
         self._enter_batch(trainer, "train", batch)
         # Ranks agree before one of them stops: one that stopped alone would leave the others waiting.
-        if trainer.world_size == 1 or (batch_idx + 1) % trainer.log_every_n_steps == 0:
-            self._check(trainer)
+        if trainer.world_size == 1 or (batch_idx + 1) % max(trainer.log_every_n_steps, 1) == 0:
+            self._check(trainer, "train")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Counts, and logs the number.
@@ -95,7 +102,7 @@ class BadSamples(L.Callback):
             DataError: See `on_train_batch_end`.
         """
         if isinstance(trainer.datamodule, VLMDataModule):
-            self._check(trainer)
+            self._check(trainer, "train")
             pl_module.log("data/bad_samples", float(len(self.found.get("train", {}))), rank_zero_only=True)
 
     def on_validation_batch_end(
@@ -135,7 +142,11 @@ class BadSamples(L.Callback):
         self._enter_batch(trainer, "predict", batch)
 
     def _enter_batch(self, trainer: L.Trainer, split: str, batch: Any) -> None:
-        if isinstance(batch, VLMBatch) and batch.skipped and isinstance(trainer.datamodule, VLMDataModule):
+        if (
+            isinstance(batch, (VLMBatch, ExampleBatch))
+            and batch.skipped
+            and isinstance(trainer.datamodule, VLMDataModule)
+        ):
             self._enter(trainer, split, dict(batch.skipped))
 
     def _enter(self, trainer: L.Trainer, split: str, errors: dict[int, DataError], on_every_rank: bool = False) -> None:
@@ -149,7 +160,9 @@ class BadSamples(L.Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not on_every_rank:
             rank_zero_warn(f"{split}: a bad sample was left out: {next(iter(new.values()))} ({path} lists all)")
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")
         with path.open("a", encoding="utf-8") as file:
+            file.write("\n" * torn)
             for index, error in new.items():
                 record = {
                     "split": split,
@@ -163,20 +176,47 @@ class BadSamples(L.Callback):
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def _check(self, trainer: L.Trainer) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Counts.
+
+        Raises:
+            DataError: If scores are over too few of the samples.
+        """
+        self._check(trainer, "val")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As `on_validation_end`."""
+        self._check(trainer, "test")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As `on_validation_end`."""
+        self._check(trainer, "predict")
+
+    def _check(self, trainer: L.Trainer, split: str) -> None:
         datamodule = trainer.datamodule
-        if not isinstance(datamodule, VLMDataModule):
+        if not isinstance(datamodule, VLMDataModule) or not datamodule.files[split]:
             return
-        found = self.found.setdefault("train", {})
+        found = self.found.setdefault(split, {})
         if trainer.world_size > 1:
             everyones: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(everyones, found)
             for others in everyones:
                 found |= others
-            found = self.found["train"] = dict(sorted(found.items()))  # the same sentence on every rank
-        self._listed |= {("train", error.source) for error in found.values()}
-        datamodule.bad_samples.check(found, datamodule.num_samples("train"), "data.train")
+            found = self.found[split] = dict(sorted(found.items()))  # the same sentence on every rank
+        self._listed |= {(split, error.source) for error in found.values()}
+        datamodule.bad_samples.check(found, datamodule.num_samples(split), f"data.{split}")
 
     @staticmethod
     def _path(trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir) / FILE_NAME
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The entries of a list; a last line that was cut off by a kill is none."""
+    found = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in found if isinstance(record, dict) and {"split", "source", "index"} <= set(record)]

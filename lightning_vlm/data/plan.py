@@ -47,6 +47,7 @@ class BatchOptions:
     seed: int = 0
     verify: Literal["rows", "headers", "decode"] = "rows"
     in_order: bool = False
+    weighted: bool = False
 
     @property
     def shuffles(self) -> bool:
@@ -148,8 +149,10 @@ def plan_data(
     if lengths is not None and (limit := options.sample_limit) is not None:
         overlong = report_overlong(dataset, lengths, limit, options.overlong)
         kept = np.setdiff1d(overlong.kept, list(bad), assume_unique=True)
-    weights = np.concatenate([np.full(len(source), source.weight) for source in dataset.sources])[kept]
-    members = members_by_epoch(kept, weights, options.seed)
+    members = [kept]
+    if options.weighted:
+        weights = np.concatenate([np.full(len(source), source.weight) for source in dataset.sources])[kept]
+        members = members_by_epoch(kept, weights, options.seed)
     budget = None
     if lengths is not None and options.has_budget:
         budget = _budget(lengths.tokens[kept].astype(np.int64), options)

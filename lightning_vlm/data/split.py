@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lightning_vlm.data.dataset import SampleDataset
 from lightning_vlm.data.examples import ExampleDataset
 from lightning_vlm.data.plan import BatchOptions, DataPlan, plan_data
 from lightning_vlm.data.screening import BadSamplePolicy
 from lightning_vlm.media.load import MediaPolicy
 from lightning_vlm.processing.processor import NemotronVLProcessor
-from lightning_vlm.schema import DataError
+from lightning_vlm.schema import DataError, StoppingError
 from lightning_vlm.sources.open import SourceLike, open_sources
 from lightning_vlm.sources.rows import RowSource
 
@@ -71,6 +73,11 @@ class Split:
         self._plans.clear()
         return errors
 
+    def close(self) -> None:
+        """Forgets what is open: the next `open` opens all of it, or refuses."""
+        self._sources = None
+        self._plans.clear()
+
     @property
     def sources(self) -> list[RowSource]:
         """The opened sources.
@@ -87,9 +94,9 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the content of the sources, and with how it is read."""
-        parts = "".join(source.fingerprint for source in self.sources)
-        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+        """Changes with the content of the sources, and with how their rows are read."""
+        parts = [(source.fingerprint, source.layout) for source in self.sources]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def dataset(self, options: BatchOptions, reading: ReadOptions, processor: Any) -> SampleDataset:
         """The samples, none left out."""
@@ -136,3 +143,32 @@ class Split:
                     tell(f"{self.name}: {message}")
             self._plans[options] = plan
         return self._plans[options]
+
+
+def check_ranks_agree(fingerprint: str, num_bad: int, world_size: int, rank: int) -> None:
+    """Stops ranks that found other data, on nodes of their own: they would train on other samples, unnoticed.
+
+    A collective call where there are several ranks.
+
+    Args:
+        fingerprint: Of this rank's plan.
+        num_bad: Bad samples that this rank left out of it.
+        world_size: Number of data-parallel ranks.
+        rank: This one.
+
+    Raises:
+        StoppingError: If another rank has another plan.
+    """
+    if world_size == 1:
+        return
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (fingerprint, num_bad))
+    for other, (theirs, bad) in enumerate(found):
+        if theirs != fingerprint:
+            raise StoppingError(
+                "data.train",
+                f"rank {other} plans other batches than rank {rank} ({bad} bad samples there, {num_bad} here), "
+                "expected the same data on every node",
+                "compare the files of the nodes (lightning-vlm check on each)",
+                "ranks differ",
+            )

@@ -6,15 +6,15 @@ time, so a second start maps it into memory instead of reading the file again.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
 import re
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -97,6 +97,9 @@ class RangeReader:
         path: Path or fsspec URL.
     """
 
+    _open: ClassVar[OrderedDict[RangeReader, None]] = OrderedDict()  # of this process, the one read last at the end
+    _MOST_OPEN = 64
+
     def __init__(self, path: str) -> None:
         self.path = path
         self._file: BinaryIO | None = None
@@ -112,7 +115,12 @@ class RangeReader:
             system, name = filesystem(self.path)
             return system.cat_file(name, start=start, end=start + size)
         if self._file is None:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed with the reader)
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed below, or with the reader)
+        self._open[self] = None
+        self._open.move_to_end(self)
+        if len(self._open) > self._MOST_OPEN:  # a thousand shards are usual, and so is a limit of a thousand files
+            oldest, _ = self._open.popitem(last=False)
+            oldest._file = None
         content = os.pread(self._file.fileno(), size, start)
         while len(content) < size and (
             more := os.pread(self._file.fileno(), size - len(content), start + len(content))
@@ -137,7 +145,7 @@ def stamp(path: str) -> tuple[Any, ...]:
         stat = os.stat(path)
     except OSError:
         return ()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def cached_array(
@@ -157,22 +165,26 @@ def cached_array(
     folder = cache_root() / "index" if cache_dir is None else Path(cache_dir) / "index"
     name = os.path.abspath(path) if not is_url(path) else path
     key = hashlib.sha256(repr((name, stamp(path), purpose)).encode()).hexdigest()[:32]
-    for found in folder.glob(f"{key}-*.npy"):
+    target, note = folder / f"{key}.npy", folder / f"{key}.txt"
+    if note.exists():
         try:
-            return np.load(found, mmap_mode="r", allow_pickle=False), found.stem.rpartition("-")[2]
+            return np.load(target, mmap_mode="r", allow_pickle=False), note.read_text()
         except (OSError, ValueError) as error:  # damaged, or removed just now
-            _log.warning("%s is no index (%s); %s is scanned again", found, error, path)
-            with contextlib.suppress(OSError):  # a read-only cache: the next start finds the same
-                found.unlink()
+            _log.warning("%s is no index (%s); %s is scanned again", target, error, path)
     array, fingerprint = build()
-    target = folder / f"{key}-{fingerprint}.npy"
-    unfinished = folder / f".{target.name}.{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            np.save(file, array)
-        os.replace(unfinished, target)
+        _write(target, lambda file: np.save(file, array))
+        _write(note, lambda file: file.write(fingerprint.encode()))  # last: it says that the array is there
     except OSError as error:
         _log.warning("%s cannot be written (%s); %s will be scanned again next time", target, error, path)
         return array, fingerprint
     return np.load(target, mmap_mode="r", allow_pickle=False), fingerprint
+
+
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file that others see whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with unfinished.open("wb") as file:
+        write(file)
+    os.replace(unfinished, path)

@@ -104,18 +104,24 @@ def parse_row(row: Any, source: str, layout: RowFormat | None = None) -> Convers
         raise DataError(
             source, f"the row is {kind_of(row)}, expected an object", "write one object per row", "no object"
         )
-    row = {key: value for key, value in row.items() if value is not None}  # columns that other rows have
+    _check_mapped(row, layout, source)
+    # Columns that other rows have are null here, or NaN where a table was written by pandas.
+    row = {key: value for key, value in row.items() if value is not None and not _is_nan(value)}
     if layout.kind == "columns":
         row = _from_columns(row, layout, source)
     if "messages" in row and layout.kind != "conversations":
         raw, role_key, content_key = row["messages"], "role", "content"
     elif "conversations" in row and layout.kind in ("auto", "conversations"):
         raw, role_key, content_key = row["conversations"], "from", "value"
+        if (
+            isinstance(raw, list) and isinstance(row.get("system"), str) and row["system"]
+        ):  # beside the turns, in ShareGPT
+            raw = [{"from": "system", "value": row["system"]}, *raw]
     else:
         expected = "'messages' or 'conversations'" if layout.kind == "auto" else repr(layout.kind)
         raise DataError(
             source,
-            f"the row has the keys {sorted(row)}, expected {expected}",
+            f"the row has the keys {short(sorted(row, key=str))}, expected {expected}",
             "rename the key that holds the turns, or map plain columns (columns: {question: ..., answer: ...})",
             "unknown format",
         )
@@ -137,6 +143,19 @@ def parse_row(row: Any, source: str, layout: RowFormat | None = None) -> Convers
     return conversation
 
 
+def _check_mapped(row: dict[str, Any], layout: RowFormat, source: str) -> None:
+    """A mapped medium may be null in a row, but a table without its column would be trained on without its media."""
+    for kind in MEDIA_KINDS:
+        column = layout.columns.get(kind.name)
+        if column is not None and column not in row:
+            raise DataError(
+                source,
+                f"the row has the keys {short(sorted(row, key=str))}, expected {column!r} for the {kind.name}",
+                f"correct columns.{kind.name}; a row without one has null there",
+                "missing column",
+            )
+
+
 def _from_columns(row: dict[str, Any], layout: RowFormat, source: str) -> dict[str, Any]:
     """The same row as messages."""
     found = {}
@@ -146,7 +165,7 @@ def _from_columns(row: dict[str, Any], layout: RowFormat, source: str) -> dict[s
         elif name in ("question", "answer") and (name != "answer" or layout.needs_answer):
             raise DataError(
                 source,
-                f"the row has the keys {sorted(row)}, expected {column!r} for the {name}",
+                f"the row has the keys {short(sorted(row, key=str))}, expected {column!r} for the {name}",
                 f"correct columns.{name}, or fill in the column",
                 "missing column",
             )
@@ -160,7 +179,11 @@ def _from_columns(row: dict[str, Any], layout: RowFormat, source: str) -> dict[s
         ("answer", found.get("answer", "")),
         ("system", found.get("system", "")),
     ):
-        if not isinstance(value, (str, int, float)):
+        if (
+            not isinstance(value, (str, int, float))
+            or isinstance(value, bool)
+            or value in (float("inf"), -float("inf"))
+        ):
             column = layout.columns.get(name, name)
             raise DataError(
                 source,
@@ -183,7 +206,7 @@ def _parse_turn(turn: Any, number: int, role_key: str, content_key: str, tags: l
     if isinstance(turn, dict) and role_key not in turn and "role" in turn:  # a dialect of ShareGPT
         role_key, content_key = "role", "content"
     if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
-        found = f"has the keys {sorted(turn)}" if isinstance(turn, dict) else f"is {kind_of(turn)}"
+        found = f"has the keys {short(sorted(turn, key=str))}" if isinstance(turn, dict) else f"is {kind_of(turn)}"
         raise DataError(
             source,
             f"turn {number} {found}, expected {role_key!r} and {content_key!r}",
@@ -194,10 +217,18 @@ def _parse_turn(turn: Any, number: int, role_key: str, content_key: str, tags: l
     if role is None:
         raise DataError(
             source,
-            f"turn {number} has the unknown role {turn[role_key]!r}, expected one of {', '.join(_ROLE_NAMES)}",
+            f"turn {number} has the unknown role {short(turn[role_key])}, expected one of {', '.join(_ROLE_NAMES)}",
             "rename the role",
             "unknown role",
         )
+    for key in ("tool_calls", "function_call", "reasoning_content"):
+        if turn.get(key):
+            raise DataError(
+                source,
+                f"turn {number} ({role}) has {key!r}, expected all that is said in {content_key!r}",
+                "write it into the content, as the text that the model should write",
+                "part of a turn that is not text",
+            )
     content = turn[content_key]
     if isinstance(content, str):
         parts = split_text(content, tags)
@@ -237,6 +268,10 @@ def _parse_part(item: Any, number: int, tags: list[MediaKind], source: str) -> l
         "rewrite the part",
         "unknown part",
     )
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and value != value
 
 
 def _references(row: dict[str, Any], source: str) -> tuple[str, ...]:
@@ -284,6 +319,13 @@ def _check(conversation: Conversation, needs_answer: bool) -> None:
         raise DataError(
             source,
             f"the {len(turns)} turn(s) hold no assistant turn, expected one to learn from",
+            "add the answer or remove the row",
+            "no answer",
+        )
+    if not any(turns[index].text for index in answers):
+        raise DataError(
+            source,
+            "every answer is empty, expected one to learn from",
             "add the answer or remove the row",
             "no answer",
         )

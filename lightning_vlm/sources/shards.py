@@ -180,7 +180,7 @@ def _walk(path: str) -> tuple[np.ndarray, str]:
                         "damaged shard",
                     )
                 found.append((number, member.offset_data, member.size, name))
-                digest.update(member.get_info()["name"].encode(errors="surrogateescape") + b"%d/" % member.size)
+                digest.update(member.name.encode(errors="surrogateescape") + b"%d/" % member.size)
                 if not _is_media(extension):  # what rows say; a medium is known by its size, as one beside a file is
                     digest.update(shard.extractfile(member).read())  # type: ignore[union-attr]
             _check_end(file, shard.offset, path)

@@ -95,6 +95,11 @@ class Fit:
         rows = [row for row in csv.DictReader(path.read_text().splitlines()) if row.get("data/bad_samples")]
         return [{key[5:]: float(row[key]) for key in row if key.startswith("data/")} for row in rows]
 
+    def logged_last(self, name: str) -> dict[str, float]:
+        path = max((self.folder / name).glob("metrics/version_*/metrics.csv"), key=lambda path: path.parent.name)
+        rows = [row for row in csv.DictReader(path.read_text().splitlines()) if row.get("data/bad_samples")]
+        return {key[5:]: float(rows[-1][key]) for key in rows[-1] if key.startswith("data/")}
+
 
 @pytest.fixture
 def fit(processor: NemotronVLProcessor, tmp_path: Path) -> Fit:
@@ -211,7 +216,7 @@ def test_too_many_stop_the_run_with_a_sentence(fit: Fit, write_set: Callable[...
     with pytest.raises(DataError) as caught:
         fit(file, "a", max_bad_fraction=0.01, verify=verify)
     message = str(caught.value)
-    count = "2 of 80 samples (2.5 %)" if verify == "headers" else "1 of 80 samples (1.2 %)"  # the first that is met
+    count = "2 of 80 samples (2.5 %)" if verify == "headers" else "1 of 80 samples (1.25 %)"  # the first that is met
     assert message.startswith(f"data.train: {count} cannot be used, expected at most max_bad_fraction = 1 %: ")
     assert f"{file}:5: image 'broken/4.png' does not exist" in message or verify == "rows"
     assert message.endswith("(lightning-vlm check lists them all), or raise max_bad_fraction.")
@@ -236,6 +241,34 @@ def test_evaluation_goes_on_over_the_others(
     records = [json.loads(line) for line in (tmp_path / "a" / "bad_samples.jsonl").read_text().splitlines()]
     assert sorted(record["source"] for record in records) == sorted(f"{file}:{index + 1}" for index in BROKEN)
     assert {record["split"] for record in records} == {"val"}
+
+
+def test_evaluation_over_too_few_is_no_score(
+    processor: NemotronVLProcessor, write_set: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = write_set("broken", HOW)
+    trainer = L.Trainer(default_root_dir=tmp_path / "a", accelerator="cpu", logger=False, enable_progress_bar=False,
+                        enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
+    module = NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), generate_on_validation=False)
+    data = VLMDataModule(val=str(file), processor=processor, batch_size=8, max_bad_fraction=0.04)
+    with pytest.raises(DataError, match=r"data.val: 4 of 80 samples \(5 %\) cannot be used"):
+        trainer.validate(module, datamodule=data, verbose=False)
+
+
+def test_a_list_whose_last_line_was_cut_off_is_gone_on_with(fit: Fit, write_set: Callable[..., Path]) -> None:
+    file = write_set("broken", {**HOW, 17: "pixels"})
+    path = fit.folder / "b" / "stop.ckpt"
+    fit(file, "b", max_epochs=1)
+    fit.trainer.save_checkpoint(path)
+    listed = fit.folder / "b" / "bad_samples.jsonl"
+    whole = listed.read_text().splitlines()
+    listed.write_text("\n".join(whole)[:-20])  # the process was killed while it wrote
+    fit(file, "b", ckpt_path=path)
+    lines = listed.read_text().splitlines()
+    assert [json.loads(line)["source"] for line in (*lines[:3], lines[-1])] == [
+        json.loads(line)["source"] for line in whole
+    ]
+    assert fit.logged_last("b")["bad_samples"] == 4.0
 
 
 def test_a_number_that_is_no_share_is_refused() -> None:

@@ -13,6 +13,7 @@ from lightning_vlm import NemotronVLProcessor, VLMDataModule
 from lightning_vlm.cli import main
 from lightning_vlm.commands.check import check_data
 from lightning_vlm.data import lengths
+from lightning_vlm.schema import DataError
 
 BOT = {"role": "assistant", "content": "ho"}
 
@@ -78,6 +79,36 @@ def test_decoding_finds_what_headers_do_not_show_and_a_fit_reads_it(
                         cache_dir=broken.cache_dir)  # fmt: skip
     fit.setup("fit")
     assert sorted(fit.known_bad("train")) == [4, 5, 6, 7, 8]
+
+
+def test_what_was_put_right_is_good_and_what_broke_since_is_not(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = VLMDataModule(train=str(make_task(8)), processor=processor, packing=True, max_bad_fraction=0.5,
+                         cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    image = next(tmp_path.glob("rows.jsonl-*.png"))
+    content = image.read_bytes()
+    image.unlink()
+    assert check_data(data) is False
+    data.setup("fit")
+    assert len(data.known_bad("train")) == 1
+    image.write_bytes(content)
+    again = VLMDataModule(train=data.files["train"], processor=processor, packing=True, cache_dir=data.cache_dir)
+    again.setup("fit")
+    assert again.known_bad("train") == {}
+    assert check_data(again) is True
+    image.write_text("no image")
+    assert check_data(again) is False
+    assert "not an image: 1" in capsys.readouterr().out
+
+
+def test_checking_opens_nothing_for_a_fit(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor, tmp_path: Path
+) -> None:
+    data = VLMDataModule(train=[str(make_task(4)), str(tmp_path / "absent.jsonl")], processor=processor)
+    assert check_data(data) is False
+    with pytest.raises(DataError, match=r"absent.jsonl: the file does not exist"):
+        data.setup("fit")
 
 
 def test_for_machines_all_errors_are_there(

@@ -108,6 +108,24 @@ def test_an_epoch_of_the_datamodule_holds_what_the_weights_say(
     assert halves[1] == halves[3]
 
 
+def test_evaluation_takes_each_row_once(make_task: Callable[..., Path], processor: NemotronVLProcessor) -> None:
+    data = VLMDataModule(val=[{"path": str(make_task(6)), "weight": 0.5}], processor=processor, batch_size=2)
+    data.setup("validate")
+    assert len(rows_of(data.val_dataloader())) == 6
+
+
+def test_a_bad_sample_that_is_taken_twice_is_counted_twice(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor, tmp_path: Path
+) -> None:
+    file = make_task(4)
+    next(tmp_path.glob("rows.jsonl-*.png")).unlink()
+    data = VLMDataModule(train=[{"path": str(file), "weight": 2}], processor=processor, batch_size=8)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert len(batch.skipped) == 2
+    assert len(batch) == 6
+
+
 @pytest.mark.parametrize("options", CHOICES, ids=str)
 def test_it_resumes_inside_any_epoch(mixed: Callable[..., VLMDataModule], options: dict[str, Any]) -> None:
     whole, stopped, resumed = (mixed(**options).train_dataloader() for _ in range(3))

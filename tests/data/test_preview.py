@@ -418,7 +418,7 @@ def test_text_and_images_that_do_not_belong_together_are_an_error(processor: Nem
 
 
 def test_the_first_ones_are_those_of_training(processor: NemotronVLProcessor) -> None:
-    rows = [row(f"{index}?", "word " * (index % 5)) for index in range(1, 23)]
+    rows = [row(f"{index}?", "word " * (1 + index % 5)) for index in range(1, 23)]
     for options in ({"sampler": "shuffle"}, {"sampler": "shuffle", "packing": True}, {"sampler": "sequential"}):
         plan = plan_of(rows, processor, batch_size=4, **options)
         order = EpochPlan(plan.batcher)

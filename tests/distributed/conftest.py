@@ -79,6 +79,16 @@ def fit(file: Path, folder: Path, ranks: int, stop_in: int | None, ckpt_path: Pa
         config=NemotronVLConfig.tiny(**TINY), lr=options.get("lr", 1e-3), generate_on_validation=False
     )
     make = Faulty if options.get("faulty") else VLMDataModule
+    if options.get("one_node_lacks_a_file"):  # each rank as on a node of its own
+        rank = int(os.environ["RANK"])
+        options["data"]["cache_dir"] = str(folder / f"cache{rank}")
+        if rank == 1:
+            copy = folder / "node1"
+            copy.mkdir()
+            for path in file.parent.glob("rows.jsonl*"):
+                (copy / path.name).write_bytes(path.read_bytes())
+            min(copy.glob("*.png")).unlink()
+            file = copy / file.name
     data = make(**{"train": str(file), "processor": tiny_processor(), "batch_size": 2, **options.get("data", {})})
     record = Record(stop_in)
     checkpoints = {"every_n_train_steps": 1, "save_top_k": -1, "save_last": True, "save_on_exception": True}

@@ -67,3 +67,11 @@ def test_too_many_stop_all_ranks(start: Callable[..., Any], damage: Callable[...
     run = start(2, data={"batch_size": 2, "max_bad_fraction": 0.1})
     assert run.error.startswith("data.train: ")
     assert "cannot be used, expected at most max_bad_fraction = 10 %" in run.error
+
+
+@pytest.mark.slow
+def test_ranks_that_found_other_data_stop(start: Callable[..., Any]) -> None:
+    run = start(2, one_node_lacks_a_file=True, data={"batch_size": 2, "max_bad_fraction": 0.2, "verify": "headers"})
+    errors = {rank["error"] for rank in run.ranks}
+    assert all(error.startswith("data.train: rank ") for error in errors)
+    assert all("expected the same data on every node" in error for error in errors)

@@ -71,6 +71,8 @@ def test_a_byte_order_mark_is_no_row(tmp_path: Path) -> None:
         ('[{"a": 1},\n{"b": }]', 2, "the file is not JSON from here on (Expecting value)"),
         ('[{"a": 1}', 1, "after a row stands the end of the file, expected ',' or ']'"),
         ('[{"a": 1}\n{"b": 2}]', 2, "after a row stands '{', expected ',' or ']'"),
+        ('[{"a": 1}]\n[{"a": 1}]', 2, "behind the array stands '[', expected the end of the file"),
+        ("[" * 100_000, 1, "the file cannot be read from here on"),
         ('[{"a": 1},\n{"b": "', 2, "the file is not JSON from here on (Unterminated string starting at)"),
     ],
 )
@@ -116,7 +118,7 @@ class TestIndex:
         path = tmp_path / "rows.jsonl"
         path.write_text('{"a": 1}\n')
         JsonSource(path, cache_dir=tmp_path)
-        (index,) = (tmp_path / "index").iterdir()
+        (index,) = (tmp_path / "index").glob("*.npy")
         index.write_bytes(b"no index")
         assert len(JsonSource(path, cache_dir=tmp_path)) == 1
         assert "is no index" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable
@@ -148,6 +149,43 @@ class TestShards:
         assert words in str(caught.value)
         assert caught.value.kind == kind
 
+    @pytest.mark.parametrize("damage", ["a header in the middle", "cut at a member", "two joined"])
+    def test_that_lost_their_end_say_so(self, write_shard: Callable[..., Path], tmp_path: Path, damage: str) -> None:
+        path = write_shard([(f"{index}.json", json.dumps(LLAVA).encode()) for index in range(6)])
+        content = bytearray(path.read_bytes())
+        if damage == "a header in the middle":
+            content[2 * 1024 + 10] ^= 0xFF  # each member is a header and a block
+        elif damage == "cut at a member":
+            content = content[: 3 * 1024]
+        else:
+            content = content + content
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"expected one whole tar file"):
+            open_sources([path], cache_dir=tmp_path / "cache")
+
+    def test_with_links_say_so(self, tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+            info = tarfile.TarInfo("0.jpg")
+            info.type, info.linkname = tarfile.SYMTYPE, "1.jpg"
+            shard.addfile(info)
+        with pytest.raises(DataError, match=r"the member '0.jpg' is a link, expected files only"):
+            open_sources([tmp_path / "shard.tar"], cache_dir=tmp_path / "cache")
+
+    def test_of_other_words_have_another_fingerprint(self, write_shard: Callable[..., Path], tmp_path: Path) -> None:
+        prints = [
+            open_sources([write_shard([("0.txt", word)], f"{word.decode()}.tar")], cache_dir=tmp_path)[0].fingerprint
+            for word in (b"cat", b"dog")
+        ]
+        assert prints[0] != prints[1]
+
+    def test_have_media_as_columns_too(self, write_shard: Callable[..., Path], tmp_path: Path) -> None:
+        path = write_shard([("0.jpg", png(0)), ("0.txt", b"what?"), ("0.cls", b"7")])
+        settings = {"path": str(path), "columns": {"question": "txt", "answer": "cls", "image": "jpg"}}
+        (source,) = open_sources([settings], cache_dir=tmp_path / "cache")
+        asked, answered = source.conversation(0).turns
+        assert [type(part) for part in asked.parts] == [ImageRef, Text]
+        assert answered.text == "7"
+
     def test_with_a_damaged_member_name_the_sample(self, write_shard: Callable[..., Path], tmp_path: Path) -> None:
         path = write_shard([("0.json", b'{"a"'), ("1.bin", b"\xff\xfe")])
         (source,) = open_sources([path], cache_dir=tmp_path / "cache")
@@ -193,6 +231,18 @@ class TestSettings:
             (tmp_path / name).write_bytes(b"x")
             with pytest.raises(DataError, match=r"the file is compressed, expected one that can be read at any place"):
                 open_sources([tmp_path / name])
+
+    def test_more_files_than_a_process_may_open_are_read(self, tmp_path: Path) -> None:
+        paths = []
+        for index in range(200):
+            paths.append(tmp_path / f"{index}.jsonl")
+            paths[-1].write_text(json.dumps({"number": index}) + "\n")
+        sources = open_sources(paths, cache_dir=tmp_path / "cache")
+        before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+        assert [source.row(0)["number"] for source in sources] == list(range(200))
+        assert [source.row(0)["number"] for source in sources[:3]] == [0, 1, 2], "closed and opened again"
+        if before:
+            assert len(os.listdir("/proc/self/fd")) - before <= 70
 
     def test_groups_are_told_apart(self) -> None:
         given = ["a/rows.jsonl", "b/rows.jsonl", {"path": "c.jsonl", "name": "mine"}, ListSource([{}], name="mem")]
@@ -265,6 +315,11 @@ class TestFormats:
             AudioRef("data:audio/mp3;base64,QUJD"), VideoRef("v.mp4"), ImageRef(b"PNG"), AudioRef(([0.0], 8000)),
             Text("plain"),
         )  # fmt: skip
+
+    def test_a_system_text_beside_the_turns_comes_first(self) -> None:
+        turns = parse_row({"system": "be short", **LLAVA, "image": "a.png"}, "f:1").turns
+        assert [turn.role for turn in turns] == ["system", "user", "assistant"]
+        assert turns[0].text == "be short"
 
     def test_tool_turns_are_kept(self) -> None:
         row = {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "42"}, BOT]}
