@@ -41,7 +41,16 @@ def isolates(text: str) -> None:
     assert float(match[1]) > 25
 
 
-CLAIMS = {"01_train_on_a_laptop": learns, "02_packing_and_isolation": isolates}
+def survives(text: str) -> None:
+    assert "missing file: " in text
+    assert "names 7 of 7 broken rows and no other" in text
+
+
+CLAIMS = {
+    "01_train_on_a_laptop": learns,
+    "02_packing_and_isolation": isolates,
+    "03_your_data": survives,
+}
 
 
 @pytest.mark.slow
