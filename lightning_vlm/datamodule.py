@@ -65,7 +65,7 @@ class VLMDataModule(L.LightningDataModule):
         collate: ``auto``, ``padded`` or ``packed`` (rows without padding from any sampler's batches). With a processor
             of another family, ``auto`` takes the collate function of that family; a function may also be named, e.g.
             ``qwen2_5``, or by its import path. Such batches are plain dicts, for a module of your own.
-        collate_options: Further arguments of a collate function, e.g. ``{max_length: 2048}``.
+        collate_options: Further arguments of a collate function, as far as it takes any.
         seed: Seed of the order.
         max_image_pixels: Most pixels of one image, checked before decoding.
         allow_urls: Read media that rows name by URL: ``true`` for http and https, or a list of schemes, e.g. ``[s3]``.

@@ -196,7 +196,7 @@ def test_wrong_data_ends_in_one_sentence_and_exit_code_1(config: Path, capsys: p
         file.write('{"messages": [{"role": "user", "content": "hi"}]}\n')
     assert exit_code("fit", "--config", str(config)) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: data.train: 1 of 7 samples (14 %) cannot be used, expected at most max_bad_fraction = 1 %: "
+        "error: data.train: 1 of 7 samples (14.3 %) cannot be used, expected at most max_bad_fraction = 1 %: "
         "train.jsonl:7: the 1 turn(s) hold no assistant turn, expected one to learn from; "
         "add the answer or remove the row; correct or remove them (lightning-vlm check lists them all), or raise "
         "max_bad_fraction."
@@ -429,7 +429,10 @@ def test_plan_of_padded_batches_and_accumulated_steps(config: Path, capsys: pyte
         ),
         (["--data.train", "absent.jsonl"], "error: absent.jsonl: the file does not exist; "),
         (["--data.train", "null"], "error: data.train: there are no train files, expected at least one; "),
-        (["--data.media_root", "model"], "error: data.train: 4 of 6 samples (67 %) cannot be used, expected at most "),
+        (
+            ["--data.media_root", "model"],
+            "error: data.train: 4 of 6 samples (66.7 %) cannot be used, expected at most ",
+        ),
         (
             ["--data.media_root", "model", "--data.strict", "true"],
             "error: train.jsonl:2: image 'train.jsonl-1-0.png' does not exist under the ",

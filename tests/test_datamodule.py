@@ -161,8 +161,9 @@ def test_large_images_and_long_samples_name_their_limits(
         row, write_rows, processor, max_image_pixels=3000
     )
     row = {"messages": [{"role": "user", "content": "long " * 50}, BOT]}
-    message = first_error(row, write_rows, processor, max_tokens=100)
-    assert "tokens with 0 image(s), expected at most max_tokens = 100; raise max_tokens" in message
+    data = VLMDataModule(train=str(write_rows([row], "long.jsonl")), processor=processor, max_tokens=100)
+    with pytest.raises(DataError, match=r"long.jsonl:1 \(273 tokens, 0 patches\); raise the limit"):
+        data.setup("fit")
 
 
 def test_prediction_rows_end_with_a_generation_prompt(

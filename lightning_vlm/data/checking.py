@@ -14,7 +14,8 @@ import numpy as np
 
 from lightning_vlm.data.dataset import SampleDataset
 from lightning_vlm.data.examples import ExampleDataset
-from lightning_vlm.data.lengths import measure_lengths
+from lightning_vlm.data.lengths import LengthTable, measure_lengths
+from lightning_vlm.data.overlong import find_overlong
 from lightning_vlm.schema import DataError
 
 
@@ -119,7 +120,8 @@ def check_samples(
     """
     table = measure_lengths(dataset, num_workers, cache_dir, show_progress, decode, fresh=True)
     tokens = None if isinstance(dataset, ExampleDataset) else table.tokens
-    sources, start, wrong = [], 0, np.array(sorted(table.errors), dtype=np.int64)
+    errors = {**table.errors, **_too_long(dataset, table)}
+    sources, start, wrong = [], 0, np.array(sorted(errors), dtype=np.int64)
     for source in dataset.sources:
         own = slice(start, start + len(source))
         bad = int(np.searchsorted(wrong, own.stop) - np.searchsorted(wrong, own.start))
@@ -135,7 +137,23 @@ def check_samples(
             )
         )
         start = own.stop
-    return SplitCheck(name, tuple(sources), tuple(table.errors.values()))
+    return SplitCheck(name, tuple(sources), tuple(error for _, error in sorted(errors.items())))
+
+
+def _too_long(dataset: SampleDataset, table: LengthTable) -> dict[int, DataError]:
+    """Samples that exceed the limit by themselves, as errors: to be known whatever the policy makes of them."""
+    if dataset.limit is None or isinstance(dataset, ExampleDataset):
+        return {}
+    return {
+        index: DataError(
+            dataset.place(index),
+            f"the sample has {table.tokens[index]:,} tokens and {table.patches[index]:,} vision patches, expected at "
+            f"most {dataset.limit}",
+            f"raise the limit, shorten the row, or choose what becomes of it (overlong is {dataset.overlong!r})",
+            "too long",
+        )
+        for index in find_overlong(table, dataset.limit).tolist()
+    }
 
 
 def summarize_checks(checks: Sequence[SplitCheck]) -> str:

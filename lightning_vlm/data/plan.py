@@ -62,7 +62,7 @@ class BatchOptions:
     @property
     def needs_lengths(self) -> bool:
         """Whether the batches, or the policy for overlong samples, follow from lengths; or the user wants a look."""
-        judged = self.overlong != "error" and self.sample_limit is not None
+        judged = self.sample_limit is not None
         return self.has_budget or self.sampler == "length_grouped" or judged or self.verify != "rows"
 
     @property

@@ -100,7 +100,8 @@ def decode_json(content: bytes, place: str) -> Any:
         hint = " (a JSON array belongs into a file that ends in .json)" if start in ("[", "[{", "{") else ""
         raise DataError(
             place,
-            f"the row is not JSON ({error.msg} at column {error.colno}): {found!r}, expected one JSON object per line",
+            f"the row is not JSON ({error.msg.removesuffix(' at')} at column {error.colno}): {found!r}, expected one JSON "
+            "object per line",
             f"correct the row{hint}",
             "not JSON",
         ) from error
@@ -241,7 +242,7 @@ class _TextWindow:
                 line = self.line + self.buffer.count("\n", self.at, error.pos)
                 raise DataError(
                     f"{self.path}:{line}",
-                    f"the file is not JSON from here on ({error.msg}), expected an array of rows",
+                    f"the file is not JSON from here on ({error.msg.removesuffix(' at')}), expected an array of rows",
                     "correct the file there (it may have been cut off)",
                     "not JSON",
                 ) from error

@@ -111,6 +111,18 @@ def test_checking_opens_nothing_for_a_fit(
         data.setup("fit")
 
 
+def test_what_is_too_long_is_told(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = VLMDataModule(train=str(make_task(8)), processor=processor, max_tokens=60)
+    assert check_data(data, examples=1) is False
+    printed = capsys.readouterr().out
+    assert "too long: " in printed
+    assert "vision patches, expected at most 60 tokens; raise the limit" in printed
+    with pytest.raises(DataError, match=r"samples \(.* %\) exceed"):
+        data.setup("fit")
+
+
 def test_for_machines_all_errors_are_there(
     broken: VLMDataModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

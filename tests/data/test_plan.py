@@ -52,7 +52,7 @@ def make_plan(make_task: Callable[..., Path], tmp_path: Path) -> Callable[..., D
     [
         ({}, False),
         ({"sampler": "sequential"}, False),
-        ({"max_tokens": 50}, False),
+        ({"max_tokens": 50}, True),  # what is too long is told before training
         ({"batch_tokens": 50}, False),
         ({"overlong": "drop"}, False),  # of what? no number is set
         ({"overlong": "drop", "max_tokens": 50}, True),

@@ -73,7 +73,7 @@ def test_a_byte_order_mark_is_no_row(tmp_path: Path) -> None:
         ('[{"a": 1}\n{"b": 2}]', 2, "after a row stands '{', expected ',' or ']'"),
         ('[{"a": 1}]\n[{"a": 1}]', 2, "behind the array stands '[', expected the end of the file"),
         ("[" * 100_000, 1, "the file cannot be read from here on"),
-        ('[{"a": 1},\n{"b": "', 2, "the file is not JSON from here on (Unterminated string starting at)"),
+        ('[{"a": 1},\n{"b": "', 2, "the file is not JSON from here on (Unterminated string starting)"),
     ],
 )
 def test_a_damaged_array_names_the_line(tmp_path: Path, content: str, line: int, words: str) -> None:
