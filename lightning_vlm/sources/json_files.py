@@ -100,8 +100,8 @@ def decode_json(content: bytes, place: str) -> Any:
         hint = " (a JSON array belongs into a file that ends in .json)" if start in ("[", "[{", "{") else ""
         raise DataError(
             place,
-            f"the row is not JSON ({error.msg.removesuffix(' at')} at column {error.colno}): {found!r}, expected one JSON "
-            "object per line",
+            f"the row is not JSON ({error.msg.removesuffix(' at')} at column {error.colno}): {found!r}, expected one "
+            "JSON object per line",
             f"correct the row{hint}",
             "not JSON",
         ) from error
