@@ -22,6 +22,7 @@ from lightning_vlm.data.examples import ExampleCollate, ExampleDataset, blank_ex
 from lightning_vlm.data.ledger import Ledger
 from lightning_vlm.data.lengths import measure_lengths
 from lightning_vlm.data.loader import ResumableLoader
+from lightning_vlm.data.mixture import cycle_length
 from lightning_vlm.data.plan import BatchOptions, DataPlan, SamplerName, in_file_order
 from lightning_vlm.data.preview import Previews, make_previews
 from lightning_vlm.data.samplers import EpochPlan, Position
@@ -32,7 +33,7 @@ from lightning_vlm.data.summary import PlanSummary, summarize
 from lightning_vlm.media.load import MediaPolicy
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import DataError, Sample, StoppingError
-from lightning_vlm.sources.open import group_names
+from lightning_vlm.sources.open import group_names, weights_of
 
 
 class VLMDataModule(L.LightningDataModule):
@@ -116,6 +117,7 @@ class VLMDataModule(L.LightningDataModule):
             collate_for(None, collate)  # a known name, or an error
         check_selections(sampler=sampler, packing=packing, collate=collate, overlong=overlong, verify=verify)
         self.files = {"train": listed(train), "val": listed(val), "test": listed(test), "predict": listed(predict)}
+        cycle_length(weights_of(self.files["train"]))  # weights that cannot be met are wrong settings
         self.media_root = media_root
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size

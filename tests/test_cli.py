@@ -459,6 +459,24 @@ def test_plan_of_wrong_settings_ends_with_exit_code_2(config: Path, capsys: pyte
     assert "Did you mean 'ranks'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"weight": 0.07}, "the weights 0.07 are met exactly only after more than 20 epochs"),
+        ({"weight": 0}, "the weight of train.jsonl is 0"),
+        ({"columns": {"qestion": "q"}}, "columns maps qestion, which is unknown"),
+        ({"format": "lava"}, "format='lava' is unknown"),
+    ],
+)
+def test_wrong_settings_of_a_source_end_with_exit_code_2(
+    config: Path, capsys: pytest.CaptureFixture[str], setting: dict[str, Any], words: str
+) -> None:
+    overlay = Path("overlay.yaml")
+    overlay.write_text(yaml.safe_dump({"data": {"train": [{"path": "train.jsonl", **setting}]}}))
+    assert exit_code("check", "--config", str(config), "--config", str(overlay)) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert exit_code("doctor") == 0

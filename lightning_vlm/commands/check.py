@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 
@@ -21,6 +22,8 @@ def check_data(datamodule: VLMDataModule, decode: bool = False, as_json: bool = 
     Returns:
         Whether nothing is wrong.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character gets its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     checks = []
     for name in datamodule.splits:
         if not datamodule.files[name]:

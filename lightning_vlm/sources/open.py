@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -34,6 +35,9 @@ class DataSource:
         split: Which split of a folder that holds several.
         name: What its scores and counts are called; by default the file's stem.
         max_samples: Take the first so many rows only.
+
+    Raises:
+        ValueError: If a setting is unknown or contradicts another.
     """
 
     path: str
@@ -45,6 +49,19 @@ class DataSource:
     split: str | None = None
     name: str | None = None
     max_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"the weight of {self.path} is {self.weight}, expected a number above 0")
+        self.layout()
+
+    def layout(self, needs_answer: bool = True) -> RowFormat:
+        """How the rows are read.
+
+        Args:
+            needs_answer: Whether each row must hold an assistant turn.
+        """
+        return RowFormat(self.format, self.columns, self.prompt, needs_answer)
 
 
 SourceLike = str | Path | DataSource | RowSource | Mapping[str, Any]
@@ -71,6 +88,15 @@ def open_sources(
     return [_open(source, needs_answer, media_root, cache_dir) for source in sources]
 
 
+def weights_of(sources: Sequence[SourceLike]) -> list[float]:
+    """The weight of each source.
+
+    Args:
+        sources: As for `open_sources`; nothing is opened.
+    """
+    return [source.weight if isinstance(source, RowSource) else _settings(source).weight for source in sources]
+
+
 def group_names(sources: Sequence[SourceLike]) -> dict[str, str]:
     """What the scores of each source are called, by its path: its name, or the stem of its file.
 
@@ -93,9 +119,7 @@ def _open(
     if isinstance(given, RowSource):
         return given
     settings = _settings(given)
-    layout = RowFormat(settings.format, settings.columns, settings.prompt, needs_answer)
-    if not settings.weight > 0:
-        raise ValueError(f"the weight of {settings.path} is {settings.weight}, expected a number above 0")
+    layout = settings.layout(needs_answer)
     kind = _kind(settings.path)
     source: RowSource
     if kind == "table":
