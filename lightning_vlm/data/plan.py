@@ -28,7 +28,7 @@ from lightning_vlm.data.overlong import OverlongReport, report_overlong
 from lightning_vlm.data.packing import PackBudget
 from lightning_vlm.data.screening import BadSamplePolicy, find_bad_rows, named, told
 from lightning_vlm.processing.sizes import SampleLimit
-from lightning_vlm.schema import DataError
+from lightning_vlm.schema import DataError, StoppingError
 
 SamplerName = Literal["shuffle", "sequential", "length_grouped", "token_budget"]
 
@@ -153,6 +153,13 @@ def plan_data(
     if options.weighted:
         weights = np.concatenate([np.full(len(source), source.weight) for source in dataset.sources])[kept]
         members = members_by_epoch(kept, weights, options.seed)
+    if not all(len(own) for own in members):
+        raise StoppingError(
+            where,
+            f"the weights leave an epoch of the {len(kept):,} samples empty, expected at least one sample in each",
+            "raise the weights",
+            "empty epoch",
+        )
     budget = None
     if lengths is not None and options.has_budget:
         budget = _budget(lengths.tokens[kept].astype(np.int64), options)

@@ -141,15 +141,21 @@ class _Watched:
 
 def _scan_lines(file: _Watched, path: str) -> Iterator[tuple[int, int, int]]:
     """(start, size, line) of each line that is not blank."""
-    position, number, rest = 0, 1, b""
+    position, number = 0, 1
+    pieces: list[bytes] = []  # of a line that began in an earlier block: joined once, however long it is
     while block := file.read():
-        *lines, rest = (rest + block).split(b"\n") if rest else block.split(b"\n")
+        first, *lines = block.split(b"\n")
+        pieces.append(first)
+        if not lines:
+            continue
+        lines.insert(0, b"".join(pieces))
+        pieces = [lines.pop()]
         for line in lines:
             if line.strip():
                 yield position, len(line), number
             position += len(line) + 1
             number += 1
-    if rest.strip():
+    if (rest := b"".join(pieces)).strip():
         yield position, len(rest), number
 
 

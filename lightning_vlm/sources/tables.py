@@ -6,12 +6,13 @@ needed: a table with decoded ones would be decoded for every look at a row's tex
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 from lightning_vlm.schema import DataError
-from lightning_vlm.sources.files import cache_root, check_file, is_url, name_and_folder, stamp
+from lightning_vlm.sources.files import cache_root, check_file, is_url, name_and_folder, open_file, stamp
 from lightning_vlm.sources.formats import RowFormat
 from lightning_vlm.sources.rows import RowSource
 
@@ -44,8 +45,9 @@ class TableSource(RowSource):
             check_file(self.path, "a Parquet file or a folder of datasets.Dataset.save_to_disk")
         self._stamp = self._files_stamp()
         root = cache_root() if cache_dir is None else Path(cache_dir)
-        self._table = self._open(split, root / "tables")
-        self.fingerprint = str(self._table._fingerprint)[:16]
+        footer = "" if self.is_folder else _footer_hash(self.path)
+        self._table = self._open(split, root / "tables" / footer)
+        self.fingerprint = footer or str(self._table._fingerprint)[:16]
         if not len(self):
             raise DataError(self.path, "the table has no rows", "add rows or remove it from the config", "no rows")
 
@@ -107,3 +109,16 @@ class TableSource(RowSource):
                 )
             found = found[split]
         return found.with_format("arrow")  # media as they are stored, however deep they stand in lists
+
+
+def _footer_hash(path: str) -> str:
+    """A hash of a Parquet file's end, which tells where its columns are, how large and between which values.
+
+    The library knows a file by its path and time: copied to another node it would be another table.
+    """
+    with open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 8, 0))
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(max(size - 8 - length, 0))
+        return hashlib.sha256(str(size).encode() + file.read()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from lightning_vlm import NemotronVLProcessor, VLMDataModule
 from lightning_vlm.data.batching import FixedBatches, SubsetBatches
 from lightning_vlm.data.mixture import CycleBatches, cycle_length, members_by_epoch
 from lightning_vlm.data.samplers import EpochPlan, Position
+from lightning_vlm.schema import DataError
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,12 @@ def test_an_epoch_of_the_datamodule_holds_what_the_weights_say(
     assert not halves[0] & halves[1]
     assert halves[0] == halves[2]
     assert halves[1] == halves[3]
+
+
+def test_an_epoch_without_samples_is_refused(make_task: Callable[..., Path], processor: NemotronVLProcessor) -> None:
+    data = VLMDataModule(train=[{"path": str(make_task(1)), "weight": 0.25}], processor=processor)
+    with pytest.raises(DataError, match=r"the weights leave an epoch of the 1 samples empty"):
+        data.setup("fit")
 
 
 def test_evaluation_takes_each_row_once(make_task: Callable[..., Path], processor: NemotronVLProcessor) -> None:

@@ -64,6 +64,20 @@ class TestTables:
         assert (conversation.source, source.name) == (f"{path}:4", "rows")
         assert not source.has_changed()
 
+    def test_are_known_by_what_they_hold_wherever_they_lie(self, table: Any, tmp_path: Path) -> None:
+        for name in ("one.parquet", "two.parquet"):
+            table.to_parquet(tmp_path / name)
+        given = [{"path": str(tmp_path / name), "columns": COLUMNS} for name in ("one.parquet", "two.parquet")]
+        one, two = open_sources(given, cache_dir=tmp_path / "cache")
+        assert one.fingerprint == two.fingerprint
+        table.select(range(3)).to_parquet(tmp_path / "two.parquet")
+        assert two.has_changed()
+        (other,) = open_sources(
+            [{"path": str(tmp_path / "two.parquet"), "columns": COLUMNS}], cache_dir=tmp_path / "cache"
+        )
+        assert len(other) == 3
+        assert other.fingerprint != one.fingerprint
+
     def test_with_images_deep_in_messages(self, tmp_path: Path) -> None:
         features = datasets.Features(
             {
