@@ -227,10 +227,8 @@ class NemotronVLModule(L.LightningModule):
         return self._evaluate(batch, "test", generates=True)
 
     def predict_step(self, batch: VLMBatch, batch_idx: int) -> dict[str, Any]:
-        """Generated answers, and the rows that they are to: bad samples and stand-ins have none."""
-        answers, counted = self.answer(batch), batch.counted.tolist()
-        kept = [index for index, real in enumerate(counted) if real]
-        return {"answers": [answers[index] for index in kept], "sources": [batch.sources[index] for index in kept]}
+        """Generated answers, the places of their rows, and which count: a stand-in's answer is to nothing."""
+        return {"answers": self.answer(batch), "sources": batch.sources, "counted": batch.counted.tolist()}
 
     def answer(self, batch: VLMBatch) -> list[str]:
         """Generates an answer to each row's prompt.
