@@ -4,7 +4,7 @@ The whole way of a sample, and where to look for each thing on it:
 
     rows             sources/open.py         files and tables of every kind; sources/json_files.py, tables.py, shards.py
     Conversation     sources/formats.py      what a row means, whatever format it was written in (schema.py)
-    bad samples      data/screening.py       found, named, left out; callbacks/bad_samples.py keeps the list
+    bad samples      data/screening.py       found, named, left out; data/bad_samples.py keeps the list
     labels           processing/labels.py    rendered turns -> input_ids and labels; spans from processing/chat.py
     image tokens     geometry.py             width and height -> patch grid -> number of tokens
     Sample           processing/processor.py text, labels and uint8 patches of one conversation

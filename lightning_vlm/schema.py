@@ -90,9 +90,11 @@ class VideoRef:
 
     Attributes:
         ref: As of `ImageRef`, of a video file; or a tuple of images, its frames.
+        fps: Frames per second of such frames, where the row tells; a file tells by itself.
     """
 
     ref: Any
+    fps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +153,26 @@ class Conversation:
         return tuple(part for part in self.media if isinstance(part, ImageRef))
 
 
+MEDIA_FIELDS = (
+    "pixel_values",
+    "image_grid_hw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "num_video_tokens",
+    "input_features",
+    "input_features_mask",
+)
+"""Media of a `Sample` and of a `VLMBatch`, as `NemotronVL.forward` takes them."""
+
+
 @dataclass(slots=True)
 class Sample:
-    """One conversation as tensors. Nothing is shifted or padded.
+    """One conversation as tensors. Nothing is shifted or padded; what there is none of is ``None``.
 
     Attributes:
         input_ids: ``(L,)`` int64.
         labels: ``(L,)`` int64, equal to ``input_ids`` where trained on and -100 elsewhere.
-        pixel_values: ``(num_patches, 3 * patch_size**2)``, uint8 pixels or normalised floats; ``None``
-            without images.
+        pixel_values: ``(num_patches, 3 * patch_size**2)`` of images, uint8 pixels or normalised floats.
         image_grid_hw: ``(num_images, 2)`` int64 patch grid (height, width) per image (per tile in static
             mode).
         prompt_length: Number of leading tokens that a model is given before it answers the last assistant
@@ -167,6 +180,12 @@ class Sample:
         prompt: That prompt as text, with one ``<image>`` per image: for people to read.
         references: Accepted answers.
         source: ``file:line`` of the row.
+        mm_token_type_ids: ``(L,)`` int64: 0 text, 1 image, 2 video, 3 sound; left out where all media are images.
+        pixel_values_videos: ``(num_patches, frames_per_tubelet * 3 * patch_size**2)`` of videos, likewise.
+        video_grid_thw: ``(num_videos, 3)`` int64 tubelets, rows and columns of patches of each video.
+        num_video_tokens: ``(num_videos,)`` int64 tokens that each video keeps.
+        input_features: ``(num_clips, num_frames, num_mel_bins)`` spectrograms of sounds, clip after clip.
+        input_features_mask: ``(num_clips, num_frames)`` bool, true for frames that count.
     """
 
     input_ids: Tensor
@@ -177,9 +196,20 @@ class Sample:
     prompt: str
     references: tuple[str, ...]
     source: str
+    mm_token_type_ids: Tensor | None = None
+    pixel_values_videos: Tensor | None = None
+    video_grid_thw: Tensor | None = None
+    num_video_tokens: Tensor | None = None
+    input_features: Tensor | None = None
+    input_features_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
+
+    @property
+    def num_patches(self) -> int:
+        """Vision patches of its images and videos."""
+        return sum(len(patches) for patches in (self.pixel_values, self.pixel_values_videos) if patches is not None)
 
     @property
     def num_label_tokens(self) -> int:
@@ -210,8 +240,8 @@ class VLMBatch:
         input_ids: ``(B, T)`` or ``(1, T)`` int64.
         labels: The same shape, -100 where not trained on; aligned with ``input_ids``, not shifted.
         attention_mask: ``(B, T)`` int64, 1 for tokens and 0 for padding; ``None`` for a packed row, which has none.
-        pixel_values: ``(num_patches, 3 * patch_size**2)``, all images of the batch concatenated, or ``None``.
-        image_grid_hw: ``(num_images, 2)`` int64, or ``None``.
+        pixel_values: All images of the batch, one after another, see `Sample`; ``None`` without any, like all media.
+        image_grid_hw: ``(num_images, 2)`` int64.
         num_images: ``(B,)`` int64 rows of ``image_grid_hw`` that belong to each sample.
         prompt_lengths: ``(B,)`` int64, see `Sample.prompt_length`.
         prompts: ``B`` prompts as text.
@@ -225,6 +255,14 @@ class VLMBatch:
         cu_seqlens: ``(B + 1,)`` int32 document boundaries of a packed row, or ``None``.
         indices: ``(B,)`` int64 numbers of the samples in their dataset; the loader fills them in.
         skipped: Planned samples that are not in the batch because they are bad: the number of each, and what is wrong.
+        mm_token_type_ids: The shape of ``input_ids``; ``None`` where all media are images.
+        pixel_values_videos: All videos of the batch.
+        video_grid_thw: ``(num_videos, 3)`` int64.
+        num_video_tokens: ``(num_videos,)`` int64.
+        num_videos: ``(B,)`` int64 videos of each sample.
+        input_features: All clips of the batch, those of all samples padded to the longest.
+        input_features_mask: ``(num_clips, num_frames)`` bool.
+        num_clips: ``(B,)`` int64 clips of each sample.
     """
 
     input_ids: Tensor
@@ -243,6 +281,14 @@ class VLMBatch:
     cu_seqlens: Tensor | None = None
     indices: Tensor | None = None
     skipped: list[tuple[int, DataError]] = field(default_factory=list)
+    mm_token_type_ids: Tensor | None = None
+    pixel_values_videos: Tensor | None = None
+    video_grid_thw: Tensor | None = None
+    num_video_tokens: Tensor | None = None
+    num_videos: Tensor | None = None
+    input_features: Tensor | None = None
+    input_features_mask: Tensor | None = None
+    num_clips: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -253,7 +299,9 @@ class VLMBatch:
             f"{rows} x {columns} tokens" if self.cu_seqlens is None else f"{columns} tokens of {len(self)} documents"
         )
         images = 0 if self.image_grid_hw is None else len(self.image_grid_hw)
-        return f"VLMBatch({shape}, {images} images, {self.num_label_tokens} label tokens)"
+        videos = "" if self.video_grid_thw is None else f", {len(self.video_grid_thw)} videos"
+        sounds = "" if self.input_features is None else f", {len(self.input_features)} clips of sound"
+        return f"VLMBatch({shape}, {images} images{videos}{sounds}, {self.num_label_tokens} label tokens)"
 
     @property
     def num_tokens(self) -> int:
@@ -262,7 +310,13 @@ class VLMBatch:
 
     def model_inputs(self) -> dict[str, Tensor]:
         """The tensors that `NemotronVL.forward` takes, without labels."""
-        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_hw", "num_images", "cu_seqlens")
+        names = ("input_ids", "attention_mask", "cu_seqlens", "mm_token_type_ids")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return given | self.media_inputs()
+
+    def media_inputs(self) -> dict[str, Tensor]:
+        """The media among them."""
+        names = (*MEDIA_FIELDS, "num_images", "num_videos", "num_clips")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:

@@ -63,7 +63,7 @@ def test_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     run = nbformat.read(path, as_version=4)
     NotebookClient(
-        run, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        run, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
     ).execute()
     assert pictures(run) == pictures(kept)
     for notebook in (kept, run):

@@ -1,4 +1,4 @@
-"""Index -> Sample: reads a row, loads its images, encodes it. Runs in the loader's workers.
+"""Index -> Sample: reads a row, loads its media, encodes it. Runs in the loader's workers.
 
 Nothing is cached or changed in place, so a worker's memory does not grow with what it has seen. A sample that is not
 as long as the plan was told is an error here, before it can overflow a pack.
@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from lightning_vlm.data.lengths import LengthTable
+from lightning_vlm.media.audio import audio_info, load_audio
 from lightning_vlm.media.load import MediaPolicy, load_image, verify_image
+from lightning_vlm.media.video import load_video, video_info
+from lightning_vlm.processing.media_layout import Medium, MediumSize
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.processing.sizes import SampleLimit, SampleSize
-from lightning_vlm.schema import Conversation, Sample, StoppingError
+from lightning_vlm.schema import AudioRef, Conversation, ImageRef, MediaRef, Sample, StoppingError
 from lightning_vlm.sources.files import is_url
 from lightning_vlm.sources.rows import RowSource
 
@@ -91,14 +94,15 @@ class SampleDataset:
         """Encodes one row.
 
         Raises:
-            DataError: If the row or an image is not acceptable.
+            DataError: If the row or a medium is not acceptable.
             StoppingError: If the sample is too long, or not as long as it was measured.
         """
         source, row, policy = self._locate(index)
         conversation = source.conversation(row)
-        images = [load_image(image.ref, policy, conversation.source) for image in conversation.images]
-        sample = self.processor.encode(conversation, images, **self._options(conversation))
-        self._check_length(sample, index, len(images))
+        self.processor.check_media(conversation)
+        media = [self._load(medium, policy, conversation.source) for medium in conversation.media]
+        sample = self.processor.encode(conversation, media, **self._options(conversation))
+        self._check_length(sample, index, len(conversation.images))
         return sample
 
     def conversation(self, index: int) -> Conversation:
@@ -111,18 +115,19 @@ class SampleDataset:
         return source.conversation(row)
 
     def size(self, index: int, decode: bool = False) -> SampleSize:
-        """The size of ``self[index]`` from the row and the headers of its images; too long is no error here.
+        """The size of ``self[index]`` from the row and the headers of its media; too long is no error here.
 
         Args:
             index: The sample.
-            decode: Decode the images too, to find damage that their headers do not show.
+            decode: Decode the media too, to find damage that their headers do not show.
 
         Raises:
-            DataError: If the row or an image is not acceptable.
+            DataError: If the row or a medium is not acceptable.
         """
         source, row, policy = self._locate(index)
         conversation = source.conversation(row)
-        sizes = [verify_image(image.ref, policy, conversation.source, decode) for image in conversation.images]
+        self.processor.check_media(conversation)
+        sizes = [self._look_at(medium, policy, conversation.source, decode) for medium in conversation.media]
         return self.processor.measure(conversation, sizes, **self._options(conversation))
 
     def policy(self, index: int) -> MediaPolicy:
@@ -138,6 +143,23 @@ class SampleDataset:
         which = bisect.bisect_right(self._ends, index)
         return self.sources[which], index - (self._ends[which - 1] if which else 0), self.policies[which]
 
+    def _load(self, medium: MediaRef, policy: MediaPolicy, place: str) -> Medium:
+        if isinstance(medium, ImageRef):
+            return load_image(medium.ref, policy, place)
+        if isinstance(medium, AudioRef):
+            assert self.processor.sound_geometry is not None, "check_media has refused sounds without settings"
+            return load_audio(medium.ref, policy, place, self.processor.sound_geometry.sampling_rate)[0]
+        return load_video(medium.ref, policy, place, frames_fps=medium.fps, choose=self.processor.choose_frames)
+
+    def _look_at(self, medium: MediaRef, policy: MediaPolicy, place: str, decode: bool) -> MediumSize:
+        if isinstance(medium, ImageRef):
+            return verify_image(medium.ref, policy, place, decode)
+        if decode:
+            self._load(medium, policy, place)
+        if isinstance(medium, AudioRef):
+            return audio_info(medium.ref, policy, place)
+        return video_info(medium.ref, policy, place, medium.fps)
+
     def _options(self, conversation: Conversation) -> dict[str, Any]:
         answer = self.answer and conversation.turns[-1].role != "assistant"
         options = {"answer": answer, "template_kwargs": self.template_kwargs, "limit": self.image_limit}
@@ -149,7 +171,7 @@ class SampleDataset:
         return lengths
 
     def _check_length(self, sample: Sample, index: int, num_images: int) -> None:
-        tokens, patches = len(sample), 0 if sample.pixel_values is None else len(sample.pixel_values)
+        tokens, patches = len(sample), sample.num_patches
         if self.lengths is not None:
             expected_tokens, expected_patches = int(self.lengths.tokens[index]), int(self.lengths.patches[index])
             if (tokens, patches) != (expected_tokens, expected_patches):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_vlm.geometry import Grid, ImageGeometry
+from lightning_vlm.geometry.images import Grid, ImageGeometry
 from lightning_vlm.media.image import patches_to_pixels
 
 TOKEN_LINE = (0, 168, 204)

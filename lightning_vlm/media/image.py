@@ -1,8 +1,8 @@
 """Anything that holds an image -> RGB -> patches of the grids that `geometry` names, and back.
 
-The default path resizes with Pillow and keeps uint8 (a quarter of the memory and transfer of float32; the
-model normalises on its device). It clamps the bicubic overshoot that a float resize keeps; ``as_float`` is
-that float path, by the formula of transformers' torchvision backend, for users who want it.
+The default path resizes in uint8 and keeps it (a quarter of the memory and transfer of float32; the model normalises
+on its device). It rounds, and clamps the bicubic overshoot that a float resize keeps; ``as_float`` is that float path,
+by the formula of transformers' torchvision backend, for users who want it. PyTorch resizes both, with the same filter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageCms
 from torch import Tensor
 
-from lightning_vlm.geometry import Grid, ImageGeometry, tile_boxes, tile_ratio
+from lightning_vlm.geometry.images import Grid, ImageGeometry, tile_boxes, tile_ratio
 
 
 def to_rgb(image: Any) -> Image.Image:
@@ -174,14 +174,31 @@ def patches_to_pixels(patches: Tensor, grid: Grid, patch_size: int) -> Tensor:
     return pixels.reshape(3, rows * patch_size, columns * patch_size)
 
 
-def _resize(image: Image.Image, height: int, width: int, as_float: bool) -> Tensor:
-    if not as_float:
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
-    if image.size == (width, height):
+def resize_pixels(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Resizes with an antialiased bicubic filter, as vLLM does it.
+
+    Args:
+        pixels: ``(..., 3, H, W)`` in 0..255: uint8 are rounded and clamped, floats keep the overshoot.
+        height: Wanted.
+        width: Wanted.
+
+    Returns:
+        ``(..., 3, height, width)`` of the same type; the same tensor where the size is right already.
+    """
+    if pixels.shape[-2:] == (height, width):
         return pixels
-    return torch.nn.functional.interpolate(
-        pixels[None], size=(height, width), mode="bicubic", antialias=True, align_corners=False
-    )[0]
+    rows = pixels if pixels.ndim == 4 else pixels[None]
+    resized = torch.nn.functional.interpolate(
+        rows, size=(height, width), mode="bicubic", antialias=True, align_corners=False
+    )
+    return resized if pixels.ndim == 4 else resized[0]
+
+
+def image_pixels(image: Image.Image) -> Tensor:
+    """``(3, H, W)`` uint8 pixels of an RGB image, laid out in memory as Pillow has them: row, column, channel."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+
+
+def _resize(image: Image.Image, height: int, width: int, as_float: bool) -> Tensor:
+    pixels = image_pixels(image)
+    return resize_pixels(pixels.float() if as_float else pixels, height, width)

@@ -89,12 +89,12 @@ def resolve_path(ref: str, policy: MediaPolicy, source: str, medium: Medium = "i
     Raises:
         MediaError: If the path is outside the media root, or not a file.
     """
-    root = Path(policy.media_root).resolve()
+    root = policy.folder
     name, place = repr(short(ref)), f"the media root {str(policy.media_root)!r}"
     try:
         path = (root / ref).resolve()
         found = "" if path.is_file() else "is a folder" if path.is_dir() else "is not a regular file"
-        found = found if path.exists() else "does not exist"
+        found = found if not found or path.exists() else "does not exist"
     except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, impossible characters
         raise MediaError(
             source,

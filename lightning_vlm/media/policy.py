@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import posixpath
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ class MediaError(DataError):
     """An image, video or sound that cannot be found, read, or accepted."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MediaPolicy:
     """What a reference may point to.
 
@@ -73,10 +74,18 @@ class MediaPolicy:
         """The media root where it is an address, ``None`` where it is a folder."""
         return self.media_root if isinstance(self.media_root, str) and "://" in self.media_root else None
 
+    @cached_property
+    def folder(self) -> Path:
+        """The media root where it is a folder, absolute and with links resolved when it is first asked for.
+
+        A link that is turned elsewhere afterwards leads outside it.
+        """
+        return Path(self.media_root).resolve()
+
     @property
     def root_key(self) -> str:
         """The media root as one text that stays the same however it was written: for fingerprints."""
-        return self.remote_root or str(Path(self.media_root).resolve())
+        return self.remote_root or str(self.folder)
 
 
 def describe(ref: Any, medium: Medium) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -136,6 +136,7 @@ def load_video(
     num_frames: int | None = None,
     fps: float | None = None,
     frames_fps: float | None = None,
+    choose: Callable[[int, float | None], list[int]] | None = None,
 ) -> Video:
     """Decodes the chosen frames of a video, upright.
 
@@ -147,6 +148,7 @@ def load_video(
         num_frames: See `sample_frames`.
         fps: See `sample_frames`.
         frames_fps: Frames per second of a list of images, where it is known.
+        choose: Another rule than `sample_frames`: from the number of frames and their rate to those wanted, rising.
 
     Raises:
         MediaError: If the video is missing, not allowed, unreadable, empty, too large, of more chosen frames than the
@@ -154,10 +156,11 @@ def load_video(
         ValueError: If ``num_frames`` or ``fps`` is not positive.
     """
     _check_asked(num_frames, fps)  # here too: inside, any ValueError is a damaged video's
+    choose = choose or (lambda total, source_fps: sample_frames(total, source_fps, num_frames, fps))
     what = describe(ref, "video")
     if (frames := _frame_list(ref)) is not None:
         _check_count(len(frames), ref, source)
-        indices = sample_frames(len(frames), frames_fps, num_frames, fps)
+        indices = choose(len(frames), frames_fps)
         _check_chosen(indices, policy, what, source)
         images = [load_image(frames[index], policy, source) for index in indices]
         info = VideoInfo(len(frames), images[0].height, images[0].width, frames_fps)
@@ -165,7 +168,7 @@ def load_video(
         return Video(_of_one_size(images, what, source), tuple(indices), times, info)
     with _opened(ref, policy, source) as (container, stream):
         info = _info(container, stream, policy, what, source)
-        indices = sample_frames(info.num_frames, info.fps, num_frames, fps)
+        indices = choose(info.num_frames, info.fps)
         _check_chosen(indices, policy, what, source)
         images, times = _decode(container, stream, indices, info.fps)
         if len(images) < len(indices):

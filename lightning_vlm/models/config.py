@@ -8,12 +8,24 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
-from transformers import AutoConfig, NemotronHConfig, PretrainedConfig, RadioConfig
+from transformers import AutoConfig, NemotronHConfig, ParakeetEncoderConfig, PretrainedConfig, RadioConfig
 
 _RELEASED_NAMES = {
     "llm_config": "text_config",
     "img_context_token_id": "image_token_id",
+    "sound_config": "audio_config",
+    "sound_context_token_id": "audio_token_id",
     "vit_hidden_size": "vision_hidden_size",
+}
+
+# What the released sound configs leave out, and transformers' defaults get wrong for them: their Parakeet has neither.
+# Chance is off unless a config asks for it: what a clip becomes should depend on the clip.
+_AUDIO_DEFAULTS = {
+    "attention_bias": False,
+    "scale_input": False,
+    "convolution_bias": False,
+    "projection_bias": False,
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "layerdrop"), 0.0),
 }
 
 
@@ -23,11 +35,16 @@ class NemotronVLConfig(PretrainedConfig):
     Args:
         vision_config: RADIO tower, as a `RadioConfig` or its dict.
         text_config: Hybrid language model, as a `NemotronHConfig` or its dict.
+        audio_config: Sound tower and projector, as a `ParakeetEncoderConfig` or its dict, with
+            ``projection_hidden_size``; the model hears nothing when left out.
         downsample_ratio: Pixel shuffle merges ``1 / downsample_ratio`` patches per side into one token.
         ps_version: Pixel shuffle ``v2`` (released models) or ``v1``, which leaves the token grid transposed.
         projector_hidden_size: Width of the projector's hidden layer.
         vision_hidden_size: Width of the tower's features; must equal ``vision_config.hidden_size``.
-        image_token_id: Id of the placeholder that receives image features.
+        image_token_id: Id of the placeholder that receives features of images and videos.
+        audio_token_id: Id of the placeholder that receives features of sounds.
+        video_pruning_rate: Share of a video's tokens that processors of this model leave out (EVS); the model itself
+            goes by what a batch says.
         norm_mean: Per-channel pixel mean; the tower's own when left out.
         norm_std: Per-channel pixel standard deviation; the tower's own when left out.
         **kwargs: The released names of the above, and transformers' common options.
@@ -37,18 +54,25 @@ class NemotronVLConfig(PretrainedConfig):
     """
 
     model_type = "nemotron_vl"
-    sub_configs: ClassVar[dict[str, type]] = {"vision_config": RadioConfig, "text_config": NemotronHConfig}
+    sub_configs: ClassVar[dict[str, type]] = {
+        "vision_config": RadioConfig,
+        "text_config": NemotronHConfig,
+        "audio_config": ParakeetEncoderConfig,
+    }
     has_no_defaults_at_init = True
 
     def __init__(
         self,
         vision_config: RadioConfig | dict[str, Any] | None = None,
         text_config: NemotronHConfig | dict[str, Any] | None = None,
+        audio_config: ParakeetEncoderConfig | dict[str, Any] | None = None,
         downsample_ratio: float = 0.5,
         ps_version: str = "v2",
         projector_hidden_size: int = 20480,
         vision_hidden_size: int | None = None,
         image_token_id: int | None = None,
+        audio_token_id: int | None = None,
+        video_pruning_rate: float = 0.0,
         norm_mean: list[float] | None = None,
         norm_std: list[float] | None = None,
         **kwargs: Any,
@@ -63,6 +87,12 @@ class NemotronVLConfig(PretrainedConfig):
             vision_hidden_size or released.get("vision_hidden_size") or self.vision_config.hidden_size
         )
         self.image_token_id = image_token_id if image_token_id is not None else released.get("image_token_id")
+        audio_config = audio_config or released.get("audio_config")
+        if isinstance(audio_config, dict):
+            audio_config = _sub_config({**_AUDIO_DEFAULTS, **audio_config}, ParakeetEncoderConfig)
+        self.audio_config = audio_config
+        self.audio_token_id = audio_token_id if audio_token_id is not None else released.get("audio_token_id")
+        self.video_pruning_rate = video_pruning_rate
         self.norm_mean = list(norm_mean or self.vision_config.norm_mean)
         self.norm_std = list(norm_std or self.vision_config.norm_std)
         self._check()
@@ -74,6 +104,11 @@ class NemotronVLConfig(PretrainedConfig):
         """Patches per side that become one token."""
         return round(1 / self.downsample_ratio)
 
+    @property
+    def frames_per_tubelet(self) -> int:
+        """Frames of a video that are embedded together; 1 where the tower sees each frame as an image."""
+        return self.vision_config.video_temporal_patch_size or 1
+
     @classmethod
     def tiny(
         cls,
@@ -84,6 +119,8 @@ class NemotronVLConfig(PretrainedConfig):
         vision_hidden_size: int = 96,
         vision_layers: int = 3,
         patch_size: int = 8,
+        video: bool = False,
+        audio_token_id: int | None = None,
         **text_options: Any,
     ) -> Self:
         """A model of the same architecture that learns on a laptop's CPU (about 1 million parameters).
@@ -99,6 +136,8 @@ class NemotronVLConfig(PretrainedConfig):
             vision_hidden_size: Width of the tower.
             vision_layers: Blocks of the tower.
             patch_size: Side of a patch, in pixels.
+            video: Whether the tower embeds two frames of a video together, as Nemotron-3-Nano-Omni does.
+            audio_token_id: Placeholder id of sounds; without one the model has no sound tower.
             **text_options: Further `NemotronHConfig` options.
         """
         text: dict[str, Any] = {
@@ -132,12 +171,24 @@ class NemotronVLConfig(PretrainedConfig):
             "mlp_ratio": 2.0,
             "patch_size": patch_size,
             "max_img_size": 32 * patch_size,
+            "video_temporal_patch_size": 2 if video else None,
+        }
+        audio = {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "subsampling_conv_channels": 32,
+            "num_mel_bins": 32,
+            "projection_hidden_size": hidden_size,
         }
         return cls(
             vision_config=vision,
             text_config=text,
+            audio_config=None if audio_token_id is None else audio,
             projector_hidden_size=2 * hidden_size,
             image_token_id=image_token_id,
+            audio_token_id=audio_token_id,
         )
 
     def _check(self) -> None:
@@ -148,10 +199,12 @@ class NemotronVLConfig(PretrainedConfig):
             )
         if self.ps_version not in ("v1", "v2"):
             raise ValueError(f"ps_version is {self.ps_version!r}; expected 'v1' or 'v2'")
-        if self.image_token_id is not None and self.image_token_id >= self.text_config.vocab_size:
-            raise ValueError(
-                f"image_token_id is {self.image_token_id} but the vocabulary has {self.text_config.vocab_size} rows"
-            )
+        for name in ("image_token_id", "audio_token_id"):
+            token = getattr(self, name)
+            if token is not None and token >= self.text_config.vocab_size:
+                raise ValueError(f"{name} is {token} but the vocabulary has {self.text_config.vocab_size} rows")
+        if self.audio_config is not None and getattr(self.audio_config, "projection_hidden_size", None) is None:
+            raise ValueError("audio_config has no projection_hidden_size; expected the width of the sound projector")
 
 
 def _sub_config(value: Any, kind: type) -> Any:

@@ -1,4 +1,4 @@
-"""Image features into the text: each placeholder token receives one feature, in reading order.
+"""Features of media into the text: each placeholder token receives one feature, in reading order.
 
 A mismatch is an error that names both numbers and the row, never a warning: a truncated or shifted feature
 would train every following image on the wrong picture.
@@ -33,6 +33,7 @@ def fuse(
     tokens_per_image: list[int],
     num_images: list[int] | None = None,
     documents: Documents | None = None,
+    kind: str = "image",
 ) -> Tensor:
     """Writes features over the embeddings of placeholder tokens.
 
@@ -44,6 +45,7 @@ def fuse(
         num_images: Images of each row (of each document of a packed row), where known: then every one is checked
             against its own images.
         documents: Boundaries, if the batch is one packed row.
+        kind: ``image``, ``video`` or ``sound``, for the error.
 
     Returns:
         ``(B, T, D)``; the input is not changed.
@@ -53,9 +55,9 @@ def fuse(
     """
     found, what = placeholders_per_row(is_placeholder, documents), "row" if documents is None else "document"
     if num_images is None:
-        images_per_row(found, tokens_per_image, what)
+        images_per_row(found, tokens_per_image, what, kind)
     else:
-        check_rows(found, tokens_per_image, num_images, what)
+        check_rows(found, tokens_per_image, num_images, what, kind)
     mask = is_placeholder.unsqueeze(-1).expand_as(inputs_embeds)
     return inputs_embeds.masked_scatter(mask, features.to(inputs_embeds.dtype))
 
@@ -73,7 +75,9 @@ def placeholders_per_row(is_placeholder: Tensor, documents: Documents | None = N
     return counts.index_add_(0, documents.seq_idx, is_placeholder[0].long()).tolist()
 
 
-def images_per_row(placeholders: list[int], tokens_per_image: list[int], what: str = "row") -> list[int]:
+def images_per_row(
+    placeholders: list[int], tokens_per_image: list[int], what: str = "row", kind: str = "image"
+) -> list[int]:
     """How many images each row has: as many of the next ones as its placeholders hold.
 
     Equal totals are not enough: a row with one placeholder too few and a next row with one too many would
@@ -83,6 +87,7 @@ def images_per_row(placeholders: list[int], tokens_per_image: list[int], what: s
         placeholders: Of each row.
         tokens_per_image: Features of each image in reading order.
         what: ``row`` or ``document``, for the error.
+        kind: As for `fuse`.
 
     Returns:
         One number per row.
@@ -94,13 +99,15 @@ def images_per_row(placeholders: list[int], tokens_per_image: list[int], what: s
     ends = [0, *accumulate(placeholders)]
     for row, end in enumerate(ends[1:]):
         if end not in image_ends:
-            raise _mismatch(placeholders, tokens_per_image, row, what)
+            raise _mismatch(placeholders, tokens_per_image, row, what, kind)
     if image_ends[ends[-1]] < len(tokens_per_image):
-        raise _mismatch(placeholders, tokens_per_image, None, what)
+        raise _mismatch(placeholders, tokens_per_image, None, what, kind)
     return [image_ends[end] - image_ends[start] for start, end in pairwise(ends)]
 
 
-def check_rows(placeholders: list[int], tokens_per_image: list[int], num_images: list[int], what: str = "row") -> None:
+def check_rows(
+    placeholders: list[int], tokens_per_image: list[int], num_images: list[int], what: str = "row", kind: str = "image"
+) -> None:
     """Checks each row's placeholders against its own images.
 
     Args:
@@ -108,6 +115,7 @@ def check_rows(placeholders: list[int], tokens_per_image: list[int], num_images:
         tokens_per_image: Features of each image in reading order.
         num_images: Images of each row.
         what: ``row`` or ``document``, for the error.
+        kind: As for `fuse`.
 
     Raises:
         FusionError: If a row's placeholders are more or fewer than its images' features.
@@ -117,35 +125,40 @@ def check_rows(placeholders: list[int], tokens_per_image: list[int], num_images:
         tokens = list(islice(remaining, count))
         if found != sum(tokens):
             raise FusionError(
-                f"{what} {row} has {found} image placeholder tokens for {sum(tokens)} features of its {count} "
-                "image(s); prepare text and images with one processor, and cut no text inside an image",
+                f"{what} {row} has {found} {kind} placeholder tokens for {sum(tokens)} features of its {count} "
+                f"{kind}(s); {_fix(kind)}",
                 row,
             )
 
 
-def refuse_placeholders(placeholders: list[int], what: str = "row") -> None:
-    """For a batch without any image.
+def refuse_placeholders(placeholders: list[int], what: str = "row", kind: str = "image") -> None:
+    """For a batch without any image, video or sound.
 
     Args:
         placeholders: Of each row.
         what: ``row`` or ``document``, for the error.
+        kind: As for `fuse`.
 
     Raises:
         FusionError: If there is a placeholder all the same.
     """
     for row, found in enumerate(placeholders):
         if found:
-            raise FusionError(f"{what} {row} has {found} image placeholder tokens and no image was given", row)
+            raise FusionError(f"{what} {row} has {found} {kind} placeholder tokens and no {kind} was given", row)
 
 
-def _mismatch(per_row: list[int], tokens_per_image: list[int], row: int | None, what: str) -> FusionError:
+def _fix(kind: str) -> str:
+    article = "an" if kind == "image" else "a"
+    return f"prepare text and {kind}s with one processor, and cut no text inside {article} {kind}"
+
+
+def _mismatch(per_row: list[int], tokens_per_image: list[int], row: int | None, what: str, kind: str) -> FusionError:
     where = "the batch" if row is None else f"{what} {row}"
     found = sum(per_row) if row is None else per_row[row]
     sizes = ", ".join(map(str, tokens_per_image[:8])) + (", ..." if len(tokens_per_image) > 8 else "")
     return FusionError(
-        f"{where} has {found} image placeholder tokens that do not match the images: the batch has "
+        f"{where} has {found} {kind} placeholder tokens that do not match the {kind}s: the batch has "
         f"{sum(per_row)} placeholders and {sum(tokens_per_image)} features of "
-        f"{len(tokens_per_image)} image(s) ({sizes}); "
-        "prepare text and images with one processor, and cut no text inside an image",
+        f"{len(tokens_per_image)} {kind}(s) ({sizes}); {_fix(kind)}",
         row,
     )

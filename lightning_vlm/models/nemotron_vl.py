@@ -1,10 +1,11 @@
-"""NemotronVL: transformers' RADIO tower and NemotronH language model, joined as Nemotron-VL joins them.
+"""NemotronVL: transformers' RADIO, Parakeet and NemotronH, joined as Nemotron-VL joins them.
 
-    pixel_values -> RADIO -> pixel shuffle -> projector --+
-                                                          v
-    input_ids ----------> embedding ------------------> fusion -> hybrid LM -> logits or loss
+    images, videos -> RADIO -> pixel shuffle -> projector (-> EVS) --+
+    sounds ---------> Parakeet ---------------> projector -----------+
+                                                                     v
+    input_ids ------> embedding ----------------------------------> fusion -> hybrid LM -> logits or loss
 
-Both networks are transformers' own; here is only what joins them. The attribute names are those of
+The networks are transformers' own; here is only what joins them. The attribute names are those of
 transformers' `NemotronH_Omni_Reasoning_V3`, so its state dict loads as it is, and the checkpoint key names
 are the released ones.
 """
@@ -26,15 +27,18 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lightning_vlm.models.audio import encode_sounds, make_audio_projector, make_audio_tower
 from lightning_vlm.models.config import NemotronVLConfig
-from lightning_vlm.models.fusion import FusionError, fuse, images_per_row, placeholders_per_row, refuse_placeholders
+from lightning_vlm.models.evs import prune_videos
+from lightning_vlm.models.fusion import FusionError
 from lightning_vlm.models.language import make_language_model, packed_inputs
+from lightning_vlm.models.media import MediaInputs, embed_with_media
 from lightning_vlm.models.projector import MultiModalProjector, shuffle_images
-from lightning_vlm.models.text_only import needs_absent_image, with_absent_image
+from lightning_vlm.models.repeated_media import repeat_media
 from lightning_vlm.models.vision import make_vision_model
 from lightning_vlm.ops.cross_entropy import linear_cross_entropy, naive_cross_entropy, shift_labels
 from lightning_vlm.ops.pixels import normalize_patches
-from lightning_vlm.segments import Documents, documents_from_cu_seqlens, documents_from_lengths
+from lightning_vlm.segments import documents_from_cu_seqlens
 
 register_checkpoint_conversion_mapping(
     "NemotronVL",
@@ -42,6 +46,10 @@ register_checkpoint_conversion_mapping(
         WeightRenaming(r"^mlp1\.0\.", r"multi_modal_projector\.layer_norm\."),
         WeightRenaming(r"^mlp1\.1\.", r"multi_modal_projector\.linear_1\."),
         WeightRenaming(r"^mlp1\.3\.", r"multi_modal_projector\.linear_2\."),
+        WeightRenaming(r"^sound_encoder\.encoder\.", r"audio_tower\."),
+        WeightRenaming(r"^sound_projection\.norm\.", r"embed_audio\.layer_norm\."),
+        WeightRenaming(r"^sound_projection\.linear1\.", r"embed_audio\.linear_1\."),
+        WeightRenaming(r"^sound_projection\.linear2\.", r"embed_audio\.linear_2\."),
     ],
     overwrite=True,
 )
@@ -61,12 +69,12 @@ class PixelNorm(nn.Module):
         super().__init__()
         self.mean, self.std = tuple(mean), tuple(std)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """``(num_patches, 3 * patch_size**2)`` uint8 pixels or normalised floats -> normalised floats."""
+    def forward(self, pixel_values: Tensor, frames: int = 1) -> Tensor:
+        """``(num_patches, frames * 3 * patch_size**2)`` uint8 pixels or normalised floats -> normalised floats."""
         if pixel_values.is_floating_point():
             return pixel_values
         mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=pixel_values.device)
-        return normalize_patches(pixel_values, mean, std)
+        return normalize_patches(pixel_values, mean, std, frames)
 
 
 class NemotronVL(PreTrainedModel, GenerationMixin):
@@ -80,15 +88,19 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
     config: NemotronVLConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "video", "audio", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _is_stateful = True
-    _no_split_modules: ClassVar[list[str]] = ["RadioLayer", "NemotronHBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["RadioLayer", "ParakeetEncoderBlock", "NemotronHBlock"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
-    # The released files carry the tower's own normaliser; ours reads the same numbers from the config.
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"input_conditioner\."]
+    # The released files carry the tower's own normaliser and the sound tower's filter bank; ours reads the same numbers
+    # from the config, and the processor makes spectrograms.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+        r"input_conditioner\.",
+        r"audio_tower\.feature_extractor\.",
+    ]
     # A buffer that the released files leave out (so they do the tower's layer scales, which transformers knows).
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"summary_idxs"]
 
@@ -101,6 +113,12 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             config.vision_hidden_size * config.merge_size**2,
             config.projector_hidden_size,
             config.text_config.hidden_size,
+        )
+        self.audio_tower = None if config.audio_config is None else make_audio_tower(config.audio_config)
+        self.embed_audio = (
+            None
+            if config.audio_config is None
+            else make_audio_projector(config.audio_config, config.text_config.hidden_size)
         )
         self.post_init()
 
@@ -131,21 +149,66 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             FusionError: If the grids do not describe the patches, or are not multiples of ``merge_size``.
         """
         grids: list[tuple[int, int]] = [(rows, columns) for rows, columns in image_grid_hw.tolist()]
+        features = self._encode_patches(pixel_values, grids, "pixel_values", "image_grid_hw")
+        return features, [rows * columns // self.config.merge_size**2 for rows, columns in grids]
+
+    def get_video_features(
+        self, pixel_values_videos: Tensor, video_grid_thw: Tensor, num_video_tokens: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Videos as language-model tokens, those left out that efficient video sampling (EVS) prunes.
+
+        Args:
+            pixel_values_videos: ``(num_patches, frames * 3 * patch_size**2)``, the tubelets of all videos one after
+                another (frame after frame inside a patch); uint8 pixels or normalised floats.
+            video_grid_thw: ``(num_videos, 3)`` tubelets, rows and columns of patches of each video.
+            num_video_tokens: ``(num_videos,)`` tokens that each video keeps; all when ``None``.
+
+        Returns:
+            ``(num_tokens, hidden_size)`` features; and per video ``(num_tubelets,)`` int64 tokens kept of each tubelet.
+
+        Raises:
+            FusionError: If the grids do not describe the patches, or a video is to keep more tokens than it has.
+        """
+        videos = [tuple(video) for video in video_grid_thw.tolist()]
+        grids = [(rows, columns) for tubelets, rows, columns in videos for _ in range(tubelets)]
+        features = self._encode_patches(pixel_values_videos, grids, "pixel_values_videos", "video_grid_thw")
+        sizes = [(tubelets, rows * columns // self.config.merge_size**2) for tubelets, rows, columns in videos]
+        return prune_videos(features, sizes, None if num_video_tokens is None else num_video_tokens.tolist())
+
+    def get_audio_features(
+        self, input_features: Tensor, input_features_mask: Tensor | None = None
+    ) -> tuple[Tensor, list[int]]:
+        """Clips of sound as language-model tokens.
+
+        Args:
+            input_features: ``(num_clips, num_frames, num_mel_bins)`` spectrograms.
+            input_features_mask: ``(num_clips, num_frames)``, true for frames that count; all when ``None``.
+
+        Returns:
+            ``(num_tokens, hidden_size)`` features and the number of them per clip.
+
+        Raises:
+            FusionError: If the model has no sound tower.
+        """
+        if self.audio_tower is None or self.embed_audio is None:
+            raise FusionError("input_features were given to a model without audio_config; leave sounds out, or add one")
+        return encode_sounds(self.audio_tower, self.embed_audio, input_features, input_features_mask)
+
+    def _encode_patches(self, patches: Tensor, grids: list[tuple[int, int]], name: str, beside: str) -> Tensor:
+        """``(num_tokens, hidden_size)`` of images or tubelets."""
         merge = self.config.merge_size
         described = sum(rows * columns for rows, columns in grids)
-        if described != pixel_values.shape[0]:
+        if described != patches.shape[0]:
             raise FusionError(
-                f"pixel_values has {pixel_values.shape[0]} patches but image_grid_hw describes {described}; "
-                "take both from one call of the processor"
+                f"{name} has {patches.shape[0]} patches but {beside} describes {described}; take both from one call of "
+                "the processor"
             )
         if odd := [grid for grid in grids if grid[0] % merge or grid[1] % merge]:
             raise FusionError(f"image grid {odd[0]} is not a multiple of {merge} patches per side")
-        pixels = self.pixel_norm(pixel_values).to(self.vision_model.dtype)
-        prefix = self.config.vision_config.num_summary_tokens
-        documents = documents_from_lengths([rows * columns + prefix for rows, columns in grids], pixels.device)
-        features = self.vision_model(pixels, image_grid_hw=image_grid_hw, documents=documents).features
-        features = shuffle_images(features, grids, merge, self.config.ps_version)
-        return self.multi_modal_projector(features), [rows * columns // merge**2 for rows, columns in grids]
+        frames = 1 if patches.shape[-1] == self.config.vision_config.patch_dim else self.config.frames_per_tubelet
+        pixels = self.pixel_norm(patches, frames).to(self.vision_model.dtype)
+        features = shuffle_images(self.vision_model(pixels, grids).features, grids, merge, self.config.ps_version)
+        return self.multi_modal_projector(features)
 
     def forward(
         self,
@@ -155,6 +218,14 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         image_grid_hw: Tensor | None = None,
         num_images: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        num_video_tokens: Tensor | None = None,
+        num_videos: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_features_mask: Tensor | None = None,
+        num_clips: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -168,13 +239,23 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         """Runs the model on a padded batch, or on a packed row of documents that do not see each other.
 
         Args:
-            input_ids: ``(B, T)``; image placeholders are ``config.image_token_id``.
+            input_ids: ``(B, T)``; placeholders of images and videos are ``config.image_token_id``, those of sounds
+                ``config.audio_token_id``.
             attention_mask: ``(B, T)``, 1 for tokens and 0 for padding; not with ``cu_seqlens``.
             cu_seqlens: ``(num_documents + 1,)`` int32 boundaries of a packed row ``(1, T)``.
             pixel_values: ``(num_patches, 3 * patch_size**2)``, images in reading order over the rows.
             image_grid_hw: ``(num_images, 2)``.
             num_images: ``(B,)`` images of each row (of each document with ``cu_seqlens``), if known: a mismatch is
                 then found and named row by row.
+            pixel_values_videos: ``(num_patches, frames * 3 * patch_size**2)``, see `get_video_features`.
+            video_grid_thw: ``(num_videos, 3)``.
+            num_video_tokens: ``(num_videos,)`` tokens that each video keeps; all when ``None``. A pruned video's
+                placeholders may stand anywhere after its start tokens: they are laid out again.
+            num_videos: ``(B,)``, as ``num_images``.
+            input_features: ``(num_clips, num_frames, num_mel_bins)``, clips in reading order over the rows.
+            input_features_mask: ``(num_clips, num_frames)``, true for frames that count.
+            num_clips: ``(B,)``, as ``num_images``.
+            mm_token_type_ids: ``(B, T)``: 0 text, 1 image, 2 video, 3 sound; needed where images and videos meet.
             position_ids: ``(B, T)``; the language model has no positional encoding, they only shape masks.
             past_key_values: Cache of a generation in progress.
             inputs_embeds: ``(B, T, D)`` instead of ``input_ids`` (text only).
@@ -183,28 +264,35 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             logits_to_keep: Compute logits of the last so many positions only (0: all).
             num_items_in_batch: Divide the summed loss by this instead of by the batch's own label tokens.
             skip_logits: With ``labels``: compute the loss without materialising logits and return none.
-            **kwargs: Passed to the language model; ``pixel_values_videos`` and ``input_features`` are not accepted yet.
+            **kwargs: Passed to the language model.
 
         Returns:
             ``loss`` (float32 scalar, if ``labels``), ``logits`` ``(B, T, V)`` float32 (unless skipped),
             cache.
 
         Raises:
-            FusionError: If placeholders and image features differ in number.
+            FusionError: If placeholders and features of media differ in number.
             ValueError: If ``cu_seqlens`` does not describe one row, or comes with a mask or a cache.
-            NotImplementedError: If videos or audio are given.
         """
-        for media in ("pixel_values_videos", "input_features"):
-            if kwargs.pop(media, None) is not None:
-                raise NotImplementedError(f"{media} is not supported yet; the model takes images and text")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        media = MediaInputs(
+            pixel_values,
+            image_grid_hw,
+            num_images,
+            pixel_values_videos,
+            video_grid_thw,
+            num_video_tokens,
+            num_videos,
+            input_features,
+            input_features_mask,
+            num_clips,
+        )
         documents = None
         if cu_seqlens is not None:
-            _refuse_with_cu_seqlens(inputs_embeds, attention_mask, past_key_values, use_cache)
-            documents = documents_from_cu_seqlens(cu_seqlens, inputs_embeds.shape[1])
-        inputs_embeds = self._with_images(
-            inputs_embeds, input_ids, pixel_values, image_grid_hw, num_images, documents, past_key_values
+            rows: Any = input_ids if inputs_embeds is None else inputs_embeds
+            _refuse_with_cu_seqlens(rows, attention_mask, past_key_values, use_cache)
+            documents = documents_from_cu_seqlens(cu_seqlens, rows.shape[1])
+        inputs_embeds, labels = embed_with_media(
+            self, media, input_ids, inputs_embeds, labels, mm_token_type_ids, documents, past_key_values
         )
         if documents is None:
             inputs = {"attention_mask": attention_mask, "use_cache": False if self.training else use_cache}
@@ -244,54 +332,14 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        # Beams, or several answers per prompt: transformers' own would repeat patches, not a row's images.
-        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_hw")}
-        if expand_size > 1 and images["pixel_values"] is not None and input_ids is not None:
-            patches, grids = images["pixel_values"], images["image_grid_hw"]
-            tokens_per_image = (grids.prod(-1) // self.config.merge_size**2).tolist()
-            is_placeholder = self._is_placeholder(input_ids)
-            rows = torch.arange(len(grids)).split(
-                images_per_row(placeholders_per_row(is_placeholder), tokens_per_image)
-            )
-            order = torch.cat([row.repeat(expand_size) for row in rows])
-            split = patches.split(grids.prod(-1).tolist())
-            images = {
-                "pixel_values": torch.cat([split[image] for image in order]),
-                "image_grid_hw": grids[order],
-            }
+        # Beams, or several answers per prompt: transformers' own would repeat patches, not a row's media.
+        media = {name: model_kwargs.pop(name, None) for name in MediaInputs.__slots__}
+        if expand_size > 1 and input_ids is not None:
+            media = repeat_media(self.config, input_ids, model_kwargs.get("mm_token_type_ids"), media, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        return input_ids, model_kwargs | images
-
-    def _is_placeholder(self, input_ids: Tensor) -> Tensor:
-        token = self.config.image_token_id
-        return torch.zeros_like(input_ids, dtype=torch.bool) if token is None else torch.eq(input_ids, token)
-
-    def _with_images(
-        self,
-        inputs_embeds: Tensor,
-        input_ids: Tensor | None,
-        pixel_values: Tensor | None,
-        grids: Tensor | None,
-        num_images: Tensor | None,
-        documents: Documents | None,
-        past_key_values: Cache | None,
-    ) -> Tensor:
-        is_placeholder = None if input_ids is None else self._is_placeholder(input_ids)
-        if pixel_values is not None:
-            if is_placeholder is None or grids is None:
-                raise FusionError("pixel_values needs input_ids (placeholder positions) and image_grid_hw beside it")
-            features, tokens_per_image = self.get_image_features(pixel_values, grids)
-            known = None if num_images is None else num_images.tolist()
-            return fuse(inputs_embeds, features, is_placeholder, tokens_per_image, known, documents)
-        if is_placeholder is not None and input_ids is not None and input_ids.shape[1] > 1 and is_placeholder.any():
-            found = placeholders_per_row(is_placeholder, documents)
-            refuse_placeholders(found, "row" if documents is None else "document")
-        parts = (self.vision_model, self.multi_modal_projector)
-        if needs_absent_image(parts, self.training, past_key_values):
-            return with_absent_image(inputs_embeds, parts, self.config, self.get_image_features)
-        return inputs_embeds
+        return input_ids, model_kwargs | {name: value for name, value in media.items() if value is not None}
 
     @staticmethod
     def _output(outputs: Any, loss: Tensor | None = None, logits: Tensor | None = None) -> CausalLMOutputWithPast:
@@ -304,10 +352,10 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         )
 
 
-def _refuse_with_cu_seqlens(embeds: Tensor, mask: Tensor | None, cache: Cache | None, use_cache: bool | None) -> None:
+def _refuse_with_cu_seqlens(rows: Tensor, mask: Tensor | None, cache: Cache | None, use_cache: bool | None) -> None:
     """Refuses what would let documents see each other, or means something else than boundaries."""
-    if embeds.shape[0] != 1:
-        raise ValueError(f"cu_seqlens describes one packed row, got a batch of {embeds.shape[0]} rows; expected (1, T)")
+    if rows.shape[0] != 1:
+        raise ValueError(f"cu_seqlens describes one packed row, got a batch of {rows.shape[0]} rows; expected (1, T)")
     if mask is not None:
         raise ValueError("a packed row has no padding: pass cu_seqlens or attention_mask, not both")
     if cache is not None or use_cache:

@@ -41,14 +41,15 @@ class MultiModalProjector(nn.Module):
         input_size: Width of a shuffled feature (vision width times ``merge_size**2``).
         hidden_size: Width of the hidden layer.
         output_size: Width of the language model.
+        bias: Whether the linear layers have one; those of the released models have none.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, output_size: int) -> None:
+    def __init__(self, input_size: int, hidden_size: int, output_size: int, bias: bool = False) -> None:
         super().__init__()
         self.layer_norm = NemotronHRMSNorm(input_size, eps=PROJECTOR_NORM_EPS)
-        self.linear_1 = nn.Linear(input_size, hidden_size, bias=False)
+        self.linear_1 = nn.Linear(input_size, hidden_size, bias=bias)
         self.act = ACT2FN["relu2"]
-        self.linear_2 = nn.Linear(hidden_size, output_size, bias=False)
+        self.linear_2 = nn.Linear(hidden_size, output_size, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Projects ``(num_tokens, input_size)`` to ``(num_tokens, output_size)``."""

@@ -1,19 +1,25 @@
-"""The vision tower: transformers' RADIO, with the images of a batch kept apart by `lightning_vlm.ops.attention`.
+"""The vision tower: transformers' RADIO over the patches of any mix of images, or of a video's tubelets.
 
 transformers attends to one image after the other unless its own FlashAttention integration is installed; ours takes
-PyTorch's varlen kernel where there is one. What is computed is the same.
+PyTorch's varlen kernel where there is one. transformers embeds tubelets of one size only; ours are packed like images.
+And ours can take a long video in several passes, so that its peak memory is that of one. What is computed is the same.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import RadioConfig, RadioModel
-from transformers.models.radio.modeling_radio import RadioAttention
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.radio.modeling_radio import RadioAttention, RadioModelOutput
 
 from lightning_vlm.ops.attention import ATTENTION, use_document_attention
-from lightning_vlm.segments import Documents
+from lightning_vlm.segments import Documents, documents_from_lengths
+
+Grids = list[tuple[int, int]]
 
 
 class PackedRadioAttention(RadioAttention):
@@ -32,8 +38,8 @@ class PackedRadioAttention(RadioAttention):
         Args:
             hidden_states: ``(1, T, D)``, images one after another.
             attention_mask: As in transformers.
-            cu_seqlens: ``(num_images + 1,)``, from transformers; ``None`` for a single image.
-            documents: The same boundaries, from `NemotronVL`.
+            cu_seqlens: ``(num_images + 1,)``; ``None`` for a single image.
+            documents: The same boundaries.
             **kwargs: As in transformers.
         """
         if self.config._attn_implementation != ATTENTION or cu_seqlens is None or documents is None:
@@ -41,12 +47,92 @@ class PackedRadioAttention(RadioAttention):
         return super().forward(hidden_states, attention_mask, None, documents=documents, **kwargs)
 
 
-def make_vision_model(config: RadioConfig) -> RadioModel:
+class PackedRadioModel(RadioModel):
+    """transformers' tower; an instance of it becomes ours by its class.
+
+    Attributes:
+        micro_batch: Most frames of one pass; all at once when ``None``. A frame is an image, a tile, or one of the
+            frames of a tubelet; a tubelet is never divided.
+    """
+
+    micro_batch: int | None = None
+
+    def forward(self, pixel_values: Tensor, image_grid_hw: Tensor | Grids) -> RadioModelOutput:
+        """Patch features of images, or of the tubelets of videos.
+
+        Args:
+            pixel_values: ``(num_patches, patch_dim)`` of images or ``(num_patches, video_patch_dim)`` of tubelets,
+                normalised, one grid after another.
+            image_grid_hw: (rows, columns) of each image or tubelet.
+
+        Returns:
+            ``features`` ``(num_patches, hidden_size)``, without the tower's own prefix tokens; nothing else.
+
+        Raises:
+            ValueError: If the patches are neither an image's nor a tubelet's.
+        """
+        grids = image_grid_hw.tolist() if isinstance(image_grid_hw, Tensor) else image_grid_hw
+        grids = [(rows, columns) for rows, columns in grids]
+        frames = self._frames_of(pixel_values)
+        size = len(grids) if self.micro_batch is None else max(1, self.micro_batch // frames)
+        parts = [grids[start : start + size] for start in range(0, len(grids), size)]
+        pieces = pixel_values.split([sum(rows * columns for rows, columns in part) for part in parts])
+        if len(parts) == 1 or not self._recomputes:
+            features = [self._encode(piece, part) for piece, part in zip(pieces, parts)]
+        else:  # what layers keep for their own recomputation would grow with the video; a whole pass keeps its result
+            features = [
+                checkpoint(self._encode, piece, part, use_reentrant=False) for piece, part in zip(pieces, parts)
+            ]
+        return RadioModelOutput(features=torch.cat(features))
+
+    @property
+    def _recomputes(self) -> bool:
+        layers: Any = self.encoder.layer
+        return self.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in layers)
+
+    def _frames_of(self, patches: Tensor) -> int:
+        width, config = patches.shape[-1], self.config
+        if width == config.patch_dim:
+            return 1
+        if width == config.video_patch_dim:
+            return config.video_temporal_patch_size
+        tubelet = "" if config.video_patch_dim is None else f" or {config.video_patch_dim} (a tubelet's)"
+        raise ValueError(
+            f"patches have {width} values; expected {config.patch_dim} (an image's){tubelet}: use the processor that "
+            "belongs to the model"
+        )
+
+    def _encode(self, patches: Tensor, grids: Grids) -> Tensor:
+        embeddings, prefix = self.embeddings, self.config.num_summary_tokens
+        is_image = patches.shape[-1] == self.config.patch_dim
+        project = embeddings.patch_projection if is_image else embeddings.video_patch_projection
+        embedded = project(patches)
+        places = {grid: embeddings._interpolate_position_embedding(grid, embedded.dtype)[0] for grid in set(grids)}
+        row = []
+        for grid, image in zip(grids, embedded.split([rows * columns for rows, columns in grids])):
+            row += [embeddings.cls_register_token, image + places[grid]]
+        documents = documents_from_lengths([rows * columns + prefix for rows, columns in grids], patches.device)
+        alone = len(grids) == 1  # a plain dense sequence needs no boundaries
+        encoded = self.encoder(
+            torch.cat(row)[None], cu_seqlens=None if alone else documents.cu_seqlens, documents=documents
+        ).last_hidden_state[0]
+        images = encoded.split(list(documents.lengths))
+        return torch.cat([image[prefix:] for image in images])
+
+
+# The released key names are looked up by class: ours has transformers' own.
+register_checkpoint_conversion_mapping(
+    PackedRadioModel.__name__, get_checkpoint_conversion_mapping(RadioConfig.model_type), overwrite=True
+)
+
+
+def make_vision_model(config: RadioConfig) -> PackedRadioModel:
     """A RADIO tower that takes patches which are already cut and normalised."""
     model = RadioModel(config)
     model.make_preprocessor_external()
     for module in model.modules():
         if type(module) is RadioAttention:
             module.__class__ = PackedRadioAttention
+    model.__class__ = PackedRadioModel
     use_document_attention(model.config)
     return model

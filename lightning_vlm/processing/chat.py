@@ -3,8 +3,11 @@
 The chat template belongs to the tokenizer and is a black box. To learn which characters of its output come
 from which turn, the conversation is also rendered with marker strings in place of the contents; what stands
 between two markers is the template's, what replaces a marker is the turn's. No text is ever searched for
-inside a user's content, so a short answer that also occurs in the question cannot be mistaken for it. It
-costs a few small renderings per turn.
+inside a user's content, so a short answer that also occurs in the question cannot be mistaken for it.
+
+What stands around the markers is remembered for each order of roles. A conversation whose rendering is exactly that
+with its contents in it costs one rendering, and one per answer for its prompt; one whose contents change what the
+template prints costs a few per turn.
 
 Trained is what the model must produce: each assistant turn after the prompt that it is given at inference, up
 to and including its end token. Nothing else.
@@ -12,9 +15,10 @@ to and including its end token. Nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lightning_vlm.schema import Conversation, DataError, Text
 
@@ -83,33 +87,35 @@ def render_turns(
     """
     render = _renderer(tokenizer, source, template_kwargs)
     full = render(messages)
-    markers = [f"turn{index}marker{_NONCE}" for index in range(len(messages))]
-    marked = [{**message, "content": marker} for message, marker in zip(messages, markers)]
-    gaps = _split(render(marked), markers, source)
+    marked = [{**message, "content": _marker(index)} for index, message in enumerate(messages)]
+    frames = _FRAMES.setdefault(tokenizer, {})
+    key = _frame_key(tokenizer, messages, template_kwargs)
+    frame = frames.get(key)
+    turns = frame and frame.around(messages, full)
+    if not frame or not turns:
+        # Made anew also where the contents did not fit: a template may print the time of day.
+        frame = _make_frame(render, marked, tokenizer, source)
+        if len(frames) >= _MAX_FRAMES:
+            frames.clear()
+        frames[key] = frame
+        turns = frame.around(messages, full) or _turns_as_printed(render, messages, marked, frame.gaps, source)
 
     spans: list[Span] = []
     untrained = ""
     start = 0  # where this turn begins in the full text
     end_of_previous = 0  # characters of the gap before this turn that the previous turn's end token took
-    for index, message in enumerate(messages):
-        one_real = [*marked[:index], message, *marked[index + 1 :]]
-        between = _between(render(one_real), markers, index, source)
-        if not between.endswith(gaps[index + 1]):
-            raise _coupled(source, index)
-        turn = between[: len(between) - len(gaps[index + 1])]  # the template's header, then the content
+    for index, (message, turn) in enumerate(zip(messages, turns)):
         before, start = full[:start], start + len(turn)
         if message["role"] != "assistant":
             untrained += turn[end_of_previous:]
             end_of_previous = 0
             continue
-        header = _header(render, messages[:index], marked[:index], before, gaps[index], turn)
-        # What closes the turn as the last one: the next turn's first token must not pass for its end.
-        closing = render(marked[: index + 1]).partition(markers[index])[2]
-        end = _end_of_turn(_common_start(gaps[index + 1], closing), tokenizer, source)
+        header = _header(render, messages[:index], marked[:index], before, frame.gaps[index], turn)
+        end = frame.ends[index]
         spans.append(Span(untrained + header[end_of_previous:], trained=False))
-        spans.append(Span(turn[len(header) :] + gaps[index + 1][:end], trained=True))
+        spans.append(Span(turn[len(header) :] + frame.gaps[index + 1][:end], trained=True))
         untrained, end_of_previous = "", end
-    spans.append(Span(untrained + gaps[-1][end_of_previous:], trained=False))
+    spans.append(Span(untrained + frame.gaps[-1][end_of_previous:], trained=False))
 
     if "".join(span.text for span in spans) != full:
         raise _coupled(source, len(messages) - 1)
@@ -164,8 +170,73 @@ def render_prompt(
     return _renderer(tokenizer, source, template_kwargs)(messages, add_generation_prompt=True)
 
 
-# Letters and digits only, so that no template strips or escapes it; long enough not to occur in data.
-_NONCE = "Qz7Wk3Vx9Jp5"
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What a template prints around the contents of one order of roles.
+
+    Attributes:
+        gaps: The texts before, between and after the contents: one more than there are turns.
+        ends: Per turn, how many characters of the gap behind it are trained: those up to an answer's end token.
+    """
+
+    gaps: list[str]
+    ends: list[int]
+
+    def around(self, messages: list[Message], full: str) -> list[str] | None:
+        """Each turn with the gap before it; ``None`` if ``full`` is not just the gaps with the contents in them."""
+        turns = [gap + message["content"] for gap, message in zip(self.gaps, messages)]
+        return turns if "".join(turns) + self.gaps[-1] == full else None
+
+
+# Frames of each tokenizer that is alive, by what they depend on. An order of roles seldom comes alone: those of a
+# data set are few, but a tool's calls can make any number of them.
+_MAX_FRAMES = 256
+_FRAMES: WeakKeyDictionary[Any, dict[Hashable, _Frame]] = WeakKeyDictionary()
+
+
+def _frame_key(tokenizer: Any, messages: list[Message], template_kwargs: dict[str, Any] | None) -> Hashable:
+    variables = dict(template_kwargs or {})
+    template = variables.pop("chat_template", None) or tokenizer.chat_template
+    return (
+        template if isinstance(template, str) else repr(template),
+        repr(variables),
+        # Templates print special tokens, and turns end with one. All of them, a thousand, would take longer to list
+        # than the template to render: added ones show in the length.
+        repr(tokenizer.special_tokens_map),
+        repr(tokenizer.all_special_tokens),
+        len(tokenizer),
+        tuple(message["role"] for message in messages),
+    )
+
+
+def _make_frame(render: Render, marked: list[Message], tokenizer: Any, source: str) -> _Frame:
+    gaps, ends = _split(render(marked), marked, source), []
+    for index, message in enumerate(marked):
+        end = 0
+        if message["role"] == "assistant":
+            # What closes the turn as the last one: the next turn's first token must not pass for its end.
+            closing = render(marked[: index + 1]).partition(message["content"])[2]
+            end = _end_of_turn(_common_start(gaps[index + 1], closing), tokenizer, source)
+        ends.append(end)
+    return _Frame(gaps, ends)
+
+
+def _turns_as_printed(
+    render: Render, messages: list[Message], marked: list[Message], gaps: list[str], source: str
+) -> list[str]:
+    """Each turn with what stands before it, as the template prints it among markers."""
+    turns = []
+    for index, message in enumerate(messages):
+        between = _between(render([*marked[:index], message, *marked[index + 1 :]]), marked, index, source)
+        if not between.endswith(gaps[index + 1]):
+            raise _coupled(source, index)
+        turns.append(between[: len(between) - len(gaps[index + 1])])
+    return turns
+
+
+def _marker(index: int) -> str:
+    # Letters and digits only, so that no template strips or escapes it; long enough not to occur in data.
+    return f"turn{index}markerQz7Wk3Vx9Jp5"
 
 
 def _renderer(tokenizer: Any, source: str, template_kwargs: dict[str, Any] | None) -> Render:
@@ -189,9 +260,9 @@ def _renderer(tokenizer: Any, source: str, template_kwargs: dict[str, Any] | Non
     return render
 
 
-def _split(rendered: str, markers: list[str], source: str) -> list[str]:
+def _split(rendered: str, marked: list[Message], source: str) -> list[str]:
     gaps, rest = [], rendered
-    for index, marker in enumerate(markers):
+    for index, marker in enumerate(message["content"] for message in marked):
         if rendered.count(marker) != 1:
             raise DataError(
                 source,
@@ -205,14 +276,14 @@ def _split(rendered: str, markers: list[str], source: str) -> list[str]:
     return [*gaps, rest]
 
 
-def _between(rendered: str, markers: list[str], index: int, source: str) -> str:
+def _between(rendered: str, marked: list[Message], index: int, source: str) -> str:
     """The text between the markers of the neighbouring turns."""
     if index > 0:
-        _, found, rendered = rendered.partition(markers[index - 1])
+        _, found, rendered = rendered.partition(marked[index - 1]["content"])
         if not found:
             raise _coupled(source, index)
-    if index + 1 < len(markers):
-        rendered, found, _ = rendered.partition(markers[index + 1])
+    if index + 1 < len(marked):
+        rendered, found, _ = rendered.partition(marked[index + 1]["content"])
         if not found:
             raise _coupled(source, index)
     return rendered

@@ -1,6 +1,6 @@
 """The transformers image processor of the family: PIL images in, packed patches and their grids out.
 
-Pillow only, so it installs anywhere; by default it leaves pixels in uint8 and lets the model normalise on its
+No torchvision, so it installs anywhere; by default it leaves pixels in uint8 and lets the model normalise on its
 device. ``do_normalize=True`` gives the float path instead: resized without clamping and normalised, as
 transformers does it.
 """
@@ -18,7 +18,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs
 
-from lightning_vlm.geometry import Grid, ImageGeometry, ImageLayout, lay_out_images
+from lightning_vlm.geometry.images import Grid, ImageGeometry, ImageLayout, lay_out_images
 from lightning_vlm.media.image import image_to_patches, to_rgb
 from lightning_vlm.ops.pixels import normalize_patches
 

@@ -85,3 +85,11 @@ def _require_fast(tokenizer: Any) -> None:
         raise ValueError(
             f"{type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer (tokenizer.json)"
         )
+
+
+def last_answer_start(labels: Tensor) -> int:
+    """Index of the first token of the last trained run of ``labels`` ``(L,)``; ``L`` if there is none."""
+    trained = labels != IGNORE_INDEX
+    starts = trained & ~torch.nn.functional.pad(trained[:-1], (1, 0))
+    found = starts.nonzero().flatten()
+    return int(found[-1]) if len(found) else len(labels)

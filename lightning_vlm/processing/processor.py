@@ -1,48 +1,57 @@
-"""NemotronVLProcessor: the tokenizer and the image processor of the family as one transformers processor.
+"""NemotronVLProcessor: the tokenizer and the media processing of the family as one transformers processor.
 
-Two doors. ``processor(text=..., images=...)`` is what any transformers user calls for inference;
+Two doors. ``processor(text=..., images=..., videos=..., audio=...)`` is what any transformers user calls for inference;
 ``processor.encode`` turns a Conversation into a training Sample, and ``processor.measure`` tells its size without
-making it. All expand images by the same function, so what is planned is what is trained is what is served.
+making it. All expand media by the same functions, so what is planned is what is trained is what is served.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Self
 
-import torch
-from PIL import Image
-from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 
-from lightning_vlm.geometry import Grid, ImageGeometry, ImageLayout, lay_out_images
-from lightning_vlm.media.image import to_rgb
-from lightning_vlm.processing.chat import Message, Span, render_prompt, render_text, render_turns, to_messages
-from lightning_vlm.processing.image_processor import NemotronVLImageKwargs, NemotronVLImageProcessor
-from lightning_vlm.processing.labels import cut_text, tokenize_spans, tokenize_text
+from lightning_vlm.geometry.images import ImageGeometry
+from lightning_vlm.geometry.sounds import SoundGeometry
+from lightning_vlm.geometry.videos import VideoGeometry, uniform_frames
+from lightning_vlm.processing.calls import call_processor, pop_image_options
+from lightning_vlm.processing.chat import Message, Span, render_prompt, render_text, render_turns
+from lightning_vlm.processing.image_processor import NemotronVLImageProcessor
+from lightning_vlm.processing.labels import cut_text, last_answer_start
+from lightning_vlm.processing.media_layout import MediaSizes, Medium, MediumSize, media_sizes
+from lightning_vlm.processing.media_tensors import by_kind, image_tensors, sound_tensors, video_tensors
+from lightning_vlm.processing.messages import to_messages
+from lightning_vlm.processing.pieces import IMAGE, MediaTokens, tokenize_pieces
+from lightning_vlm.processing.sample_layout import SampleLayouter, bounded_layout, check_placeholders
 from lightning_vlm.processing.sizes import SampleLimit, SampleSize
-from lightning_vlm.schema import IGNORE_INDEX, Conversation, DataError, ImageRef, Sample, VideoRef
+from lightning_vlm.schema import MEDIA_FIELDS, Conversation, DataError, ImageRef, Sample, VideoRef
 
 
 class NemotronVLProcessor(ProcessorMixin):
     """Processor of Nemotron-VL models.
 
     Args:
-        image_processor: Resizes and cuts images.
-        tokenizer: A fast tokenizer with a chat template and the tokens below.
+        image_processor: Resizes and cuts images, and the frames of videos as it does those.
+        tokenizer: A fast tokenizer with a chat template and the tokens below, those of sounds only with ``sound``.
         chat_template: Replaces the tokenizer's own template.
         image_token: Placeholder; one per projected feature after expansion. Always resolved by its text,
             because released revisions give it different ids.
         image_start_token: Opens each image's run of placeholders.
         image_end_token: Closes it.
+        audio_token: Placeholder of sounds.
+        audio_start_token: Opens each sound's run of placeholders.
+        audio_end_token: Closes it.
+        video: Options of `VideoGeometry` but ``patch_size`` and ``merge_size``, which are the images'; without them
+            videos are refused.
+        sound: Options of `SoundGeometry` and ``num_mel_bins`` (128 by default); without them sounds are refused.
 
     Raises:
-        ValueError: If one of the three tokens is not a single token of the tokenizer.
+        ValueError: If one of the tokens is not a single token of the tokenizer.
     """
 
     def __init__(
@@ -53,16 +62,26 @@ class NemotronVLProcessor(ProcessorMixin):
         image_token: str = "<image>",
         image_start_token: str = "<img>",
         image_end_token: str = "</img>",
+        audio_token: str = "<so_embedding>",
+        audio_start_token: str = "<so_start>",
+        audio_end_token: str = "<so_end>",
+        video: dict[str, Any] | None = None,
+        sound: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.image_token = image_token
-        self.image_start_token = image_start_token
-        self.image_end_token = image_end_token
+        self.image_token, self.image_start_token, self.image_end_token = image_token, image_start_token, image_end_token
+        self.audio_token, self.audio_start_token, self.audio_end_token = audio_token, audio_start_token, audio_end_token
         self.image_token_id = token_id(tokenizer, image_token)
         self.image_start_token_id = token_id(tokenizer, image_start_token)
         self.image_end_token_id = token_id(tokenizer, image_end_token)
+        self.audio_token_id = None if sound is None else token_id(tokenizer, audio_token)
+        if sound is not None:
+            for token in (audio_start_token, audio_end_token):
+                token_id(tokenizer, token)
+        self.video, self.sound = video, sound
         self._known_roles: dict[str, set[tuple[str, ...]]] = {}  # by template and variables, see `render_text`
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        _ = self.video_geometry, self.sound_geometry  # wrong options are told now
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
@@ -70,71 +89,68 @@ class NemotronVLProcessor(ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path: Folder or repository name.
-            **kwargs: Token names, options of the image processor, or of the hub download.
+            **kwargs: Options of this class, of the image processor, or of the hub download.
         """
-        image_options = _pop_image_options(kwargs)
-        given = {name: kwargs.pop(name) for name in _TOKEN_NAMES if name in kwargs}
+        image_options = pop_image_options(kwargs)
+        given = {name: kwargs.pop(name) for name in _OWN_OPTIONS if name in kwargs}
         image_processor = NemotronVLImageProcessor.from_pretrained(
             pretrained_model_name_or_path, **image_options, **kwargs
         )
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        names = {name: saved[name] for name in _TOKEN_NAMES if name in saved}
-        return cls(image_processor=image_processor, tokenizer=tokenizer, **{**names, **given})
+        own = {name: saved[name] for name in _OWN_OPTIONS if name in saved}
+        return cls(image_processor=image_processor, tokenizer=tokenizer, **{**own, **given})
 
     @property
     def geometry(self) -> ImageGeometry:
-        """Sizes to grids to token counts."""
+        """Sizes of images to grids to token counts."""
         return self.image_processor.geometry
+
+    @property
+    def video_geometry(self) -> VideoGeometry | None:
+        """Sizes of videos to frames to token counts; ``None`` where videos are refused."""
+        images = self.geometry
+        sizes = {"patch_size": images.patch_size, "merge_size": images.merge_size}
+        return None if self.video is None else VideoGeometry(**{**self.video, **sizes})
+
+    @property
+    def sound_geometry(self) -> SoundGeometry | None:
+        """Lengths of sounds to clips to token counts; ``None`` where sounds are refused."""
+        if self.sound is None:
+            return None
+        return SoundGeometry(**{name: value for name, value in self.sound.items() if name != "num_mel_bins"})
 
     def __call__(
         self,
         images: Any = None,
         text: str | list[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prepares model inputs.
+        """Prepares model inputs; the media of a batch are given flat, in reading order, or as one list per text.
 
         Args:
-            images: An image, or all images of the batch in reading order; or one list of them per text.
-            text: One text or several, with one ``<image>`` per image.
-            **kwargs: Tokenizer options (``padding``, ``return_tensors``...) and image options.
+            images: Images.
+            text: One text or several, with one ``<image>``, ``<video>`` or ``<so_embedding>`` per medium.
+            videos: Videos: each a `lightning_vlm.media.video.Video`, or frames as a list of images or an array
+                ``(T, H, W, 3)``.
+            audio: Sounds: each ``(num_samples,)`` samples at the processor's rate, or a pair (samples, rate in Hz).
+            **kwargs: ``video_fps``, the rate of frames that are given as such; tokenizer options (``padding``,
+                ``return_tensors``...) and image options.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, and with images ``image_grid_hw`` ``(num_images, 2)`` and
-            ``pixel_values`` ``(num_patches, 3 * patch_size**2)``.
+            ``input_ids`` and ``attention_mask``, and what `encode` makes of each kind of media that is there.
 
         Raises:
-            ValueError: If texts and images do not match, with both counts.
-            NotImplementedError: If ``videos`` or ``audio`` is given.
+            ValueError: If texts and media do not match, with both counts.
         """
-        for media in ("videos", "audio"):
-            if kwargs.pop(media, None) is not None:
-                raise NotImplementedError(f"{media} is not supported yet; the processor takes text and images")
-        if text is None:
-            raise ValueError("text is missing; expected a text with one <image> per image")
-        texts = [text] if isinstance(text, str) else list(text)
-        return_tensors = kwargs.pop("return_tensors", None)
-        image_options = _pop_image_options(kwargs)
-        flat = [] if images is None else [to_rgb(image) for image in make_flat_list_of_images(images)]
-        for found, given in _image_counts(texts, images, len(flat), self.image_token):
-            if found != given:
-                raise ValueError(f"text has {found} {self.image_token} placeholder(s) for {given} image(s)")
-        data: dict[str, Any] = {}
-        grids: list[list[Grid]] = []
-        if flat:
-            data["pixel_values"], grids = self.image_processor.patchify(flat, **image_options)
-            data["image_grid_hw"] = torch.tensor([grid for tiles in grids for grid in tiles])
-        geometry = self.image_processor.geometry_with(**image_options)
-        counts = iter([geometry.num_tokens(tiles) for tiles in grids])
-        kwargs.setdefault("add_special_tokens", False)
-        encoded = self.tokenizer([self._expand(item, counts) for item in texts], **kwargs)
-        return BatchFeature(data={**encoded, **data}, tensor_type=return_tensors)
+        return call_processor(self, text, images, videos, audio, kwargs)
 
     def encode(
         self,
         conversation: Conversation,
-        images: Sequence[Image.Image],
+        media: Sequence[Medium],
         *,
         answer: bool = False,
         template_kwargs: dict[str, Any] | None = None,
@@ -145,20 +161,22 @@ class NemotronVLProcessor(ProcessorMixin):
 
         Args:
             conversation: The conversation.
-            images: Its decoded images, in reading order.
+            media: Its decoded media, in reading order: RGB images, `Video` with the frames that `choose_frames` names,
+                and ``(num_samples,)`` samples of sounds at the rate of `sound_geometry`.
             answer: The model is to answer: the conversation ends with a generation prompt and nothing is
                 trained on.
             template_kwargs: Extra chat-template variables.
             limit: Make the images smaller where the sample would exceed it. A sample that exceeds it with the
                 smallest images, or without any, is returned all the same.
-            max_text: Cut the text's end off beyond so many tokens, images included; a sample whose image or whole
+            max_text: Cut the text's end off beyond so many tokens, media included; a sample whose medium or whole
                 answer stands there is returned whole.
 
         Returns:
             The sample. Its references are the conversation's, or else the answer that it was trained on.
 
         Raises:
-            DataError: If the conversation cannot be rendered or holds more or fewer images than given.
+            DataError: If the conversation cannot be rendered, or holds other media than given or than the processor has
+                settings for.
         """
         source = conversation.source
         messages, template_kwargs = self._template_inputs(conversation, template_kwargs)
@@ -167,47 +185,43 @@ class NemotronVLProcessor(ProcessorMixin):
         else:
             spans = render_turns(self.tokenizer, messages, source, template_kwargs)
 
-        text, sizes = "".join(span.text for span in spans), [(image.height, image.width) for image in images]
-        self._check_rendered(text, len(sizes), source)
-        text_tokens = self._num_text_tokens(text, sizes, source) if limit else 0
-        layout = self._lay_out(sizes, text_tokens, limit)
-        patches: Tensor | None = None
-        rows: Tensor | None = None
-        if images:
-            patches, _ = self.image_processor.patchify(list(images), layout)
-            rows = torch.tensor([grid for tiles in layout.grids for grid in tiles])
-        remaining = iter(layout.num_tokens)
-        expanded = [Span(self._expand(span.text, remaining), span.trained) for span in spans]
-        input_ids, labels = tokenize_spans(self.tokenizer, expanded)
-        self._check_tokenized(int((input_ids == self.image_token_id).sum()), sum(layout.num_tokens), source)
+        sizes = media_sizes(media, self.video_geometry, self.sound_geometry)
+        self._check_rendered("".join(span.text for span in spans), sizes, source)
+        layout, pieces = self.layouter.lay_out(spans, sizes, self.geometry, source, limit)
+        input_ids, labels, types = tokenize_pieces(self.tokenizer, pieces, self.image_token_id, self.audio_token_id)
+        check_placeholders(int((types == IMAGE).sum()), sum(layout.num_tokens), source)
         if max_text is not None:
-            input_ids, labels = cut_text(input_ids, labels, max_text, self._image_token_ids)
+            input_ids, labels = cut_text(input_ids, labels, max_text, self._media_token_ids)
+        images, videos, sounds = by_kind(media)
         return Sample(
             input_ids=input_ids,
             labels=labels,
-            pixel_values=patches,
-            image_grid_hw=rows,
+            mm_token_type_ids=types[: len(input_ids)] if videos or sounds else None,
             prompt_length=last_answer_start(labels),
             prompt="".join(span.text for span in _before_last_answer(spans)),
             references=conversation.references or (() if answer else _last_answer(conversation)),
             source=source,
+            **image_tensors(images, layout, self.image_processor),
+            **video_tensors(videos, sizes.videos, self.video_geometry, self.image_processor),
+            **sound_tensors(sounds, sizes.sounds, self.sound_geometry, self.num_mel_bins),
         )
 
     def measure(
         self,
         conversation: Conversation,
-        sizes: Sequence[tuple[int, int]],
+        sizes: Sequence[MediumSize],
         *,
         answer: bool = False,
         template_kwargs: dict[str, Any] | None = None,
         limit: SampleLimit | None = None,
         max_text: int | None = None,
     ) -> SampleSize:
-        """The size of the Sample that `encode` would make: exact, from image headers, with nothing decoded.
+        """The size of the Sample that `encode` would make: exact, from headers of media, with nothing decoded.
 
         Args:
             conversation: The conversation.
-            sizes: Upright (height, width) in pixels of its images, in reading order.
+            sizes: Of its media, in reading order: upright (height, width) in pixels of images, what headers say of
+                videos and sounds.
             answer: As for `encode`.
             template_kwargs: As for `encode`.
             limit: As for `encode`; both then make the images smaller by the same rule.
@@ -223,84 +237,109 @@ class NemotronVLProcessor(ProcessorMixin):
         else:
             known = self._known_roles.setdefault(repr(template_kwargs), set())
             text = render_text(self.tokenizer, messages, source, template_kwargs, known)
-        self._check_rendered(text, len(sizes), source)
-        text_tokens = self._num_text_tokens(text, sizes, source)
-        layout = self._lay_out(sizes, text_tokens, limit)
-        tokens, repaired = text_tokens + sum(layout.num_tokens), bool(conversation.notes)
+        by_kind = media_sizes(sizes, self.video_geometry, self.sound_geometry)
+        self._check_rendered(text, by_kind, source)
+        other_tokens = self.layouter.num_other_tokens([Span(text, trained=False)], by_kind, self.geometry, source)
+        layout = bounded_layout(by_kind, self.geometry, other_tokens, limit)
+        tokens, repaired = other_tokens + sum(layout.num_tokens), bool(conversation.notes)
+        patches, num_images = layout.num_patches + by_kind.video_patches, len(by_kind.images)
         if max_text is None or tokens <= max_text or answer:
-            return SampleSize(tokens, layout.num_patches, len(sizes), layout.scaled, repaired)
+            return SampleSize(tokens, patches, num_images, layout.scaled, repaired)
         spans = render_turns(self.tokenizer, messages, source, template_kwargs)  # rare: where it is cut has to be known
-        counts = iter(layout.num_tokens)
-        expanded = [Span(self._expand(span.text, counts), span.trained) for span in spans]
-        kept, _ = cut_text(*tokenize_spans(self.tokenizer, expanded), max_text, self._image_token_ids)
-        return SampleSize(len(kept), layout.num_patches, len(sizes), len(kept) < tokens, repaired)
+        pieces = self.layouter.expander.expand(spans, layout.num_tokens, by_kind.videos, by_kind.sounds)
+        whole, labels, _ = tokenize_pieces(self.tokenizer, pieces, self.image_token_id, self.audio_token_id)
+        kept, _ = cut_text(whole, labels, max_text, self._media_token_ids)
+        return SampleSize(len(kept), patches, num_images, len(kept) < tokens, repaired)
+
+    def check_media(self, conversation: Conversation) -> None:
+        """Refuses media that the processor has no settings for.
+
+        Args:
+            conversation: The conversation.
+
+        Raises:
+            DataError: If it holds any.
+        """
+        for medium in conversation.media:
+            kind, settings = ("video", self.video) if isinstance(medium, VideoRef) else ("sound", self.sound)
+            if not isinstance(medium, ImageRef) and settings is None:
+                raise DataError(
+                    conversation.source,
+                    f"the row holds a {kind}, expected text and images: the processor has no {kind} settings",
+                    f"give NemotronVLProcessor {kind}={{...}}, or remove the row",
+                    "unsupported media",
+                )
+
+    def choose_frames(self, total: int, source_fps: float | None) -> list[int]:
+        """The frames of a video that are shown to the model, see `uniform_frames`.
+
+        Args:
+            total: Frames of the video.
+            source_fps: Its frames per second, where they are known.
+
+        Raises:
+            ValueError: If the processor has no settings for videos.
+        """
+        if (geometry := self.video_geometry) is None:
+            raise ValueError("the processor has no video settings; give NemotronVLProcessor video={...}")
+        return uniform_frames(total, source_fps, geometry)
 
     @property
-    def _image_token_ids(self) -> tuple[int, int, int]:
-        return self.image_start_token_id, self.image_token_id, self.image_end_token_id
+    def num_mel_bins(self) -> int:
+        """Height of the spectrogram of a sound."""
+        return (self.sound or {}).get("num_mel_bins", 128)
+
+    @cached_property
+    def media_tokens(self) -> MediaTokens:
+        """The tokens around and in place of media."""
+        return MediaTokens(
+            image=self.image_token,
+            image_start=self.image_start_token,
+            image_end=self.image_end_token,
+            sound=self.audio_token,
+            sound_start=self.audio_start_token,
+            sound_end=self.audio_end_token,
+        )
+
+    @cached_property
+    def layouter(self) -> SampleLayouter:
+        """Writes media out in rendered texts."""
+        return SampleLayouter(self.tokenizer, self.media_tokens, self.image_token_id)
+
+    @property
+    def _media_token_ids(self) -> list[int]:
+        tokens = self.media_tokens
+        own = [tokens.image_start, tokens.image, tokens.image_end]
+        if self.sound is not None:
+            own += [tokens.sound_start, tokens.sound, tokens.sound_end]
+        return [token_id(self.tokenizer, token) for token in own]
 
     def _template_inputs(
         self, conversation: Conversation, template_kwargs: dict[str, Any] | None
     ) -> tuple[list[Message], dict[str, Any] | None]:
-        for medium in conversation.media:
-            if not isinstance(medium, ImageRef):
-                name = "a video" if isinstance(medium, VideoRef) else "a sound"
-                raise DataError(
-                    conversation.source,
-                    f"the row holds {name}, expected text and images: NemotronVLProcessor takes no others yet",
-                    "remove the row",
-                    "unsupported media",
-                )
-        reserved = (self.image_start_token, self.image_end_token, self.tokenizer.eos_token)
-        messages = to_messages(conversation, self.image_token, [token for token in reserved if token])
+        self.check_media(conversation)
+        reserved = [self.image_start_token, self.image_end_token, self.tokenizer.eos_token]
+        if self.sound is not None:
+            reserved += [self.audio_start_token, self.audio_end_token]
+        messages = to_messages(conversation, self.media_tokens, [token for token in reserved if token])
         if isinstance(self.chat_template, str):  # it may not be the tokenizer's; a dict of named ones is
             template_kwargs = {"chat_template": self.chat_template, **(template_kwargs or {})}
         return messages, template_kwargs
 
-    def _lay_out(self, sizes: Sequence[tuple[int, int]], text_tokens: int, limit: SampleLimit | None) -> ImageLayout:
-        geometry = self.geometry
-        bound = None if limit is None else limit.image_patches(text_tokens, geometry.merge_size)
-        return lay_out_images(sizes, geometry, bound)
-
-    def _num_text_tokens(self, text: str, sizes: Sequence[tuple[int, int]], source: str) -> int:
-        """Tokens of a rendered text, the start and end of each image included, its placeholders not.
-
-        A placeholder that the tokenizer cuts out before anything else sees the text leaves the same text on both
-        sides of a run of any length: a run of one is tokenised in place of thousands.
-        """
-        counts = [1] * len(sizes) if self._cuts_out_placeholders else lay_out_images(sizes, self.geometry).num_tokens
-        input_ids = tokenize_text(self.tokenizer, self._expand(text, iter(counts)))
-        self._check_tokenized(input_ids.count(self.image_token_id), sum(counts), source)
-        return len(input_ids) - sum(counts)
-
-    @cached_property  # a released tokenizer has a thousand added tokens
-    def _cuts_out_placeholders(self) -> bool:
-        added = self.tokenizer.added_tokens_decoder
-        token = added.get(self.image_token_id)
-        longer = any(self.image_token in other.content and other != token for other in added.values())
-        return token is not None and not token.normalized and not longer
-
-    def _check_rendered(self, text: str, num_images: int, source: str) -> None:
-        if (found := text.count(self.image_token)) != num_images:
-            raise DataError(
-                source,
-                f"the chat template rendered {found} image placeholder(s) for {num_images} image(s)",
-                "use a chat_template that prints every turn's content",
-            )
-
-    def _check_tokenized(self, found: int, expected: int, source: str) -> None:
-        if found != expected:
-            raise DataError(
-                source,
-                f"{found} image placeholders were tokenised, expected {expected}",
-                "use the tokenizer that belongs to the model",
-            )
-
-    def _expand(self, text: str, counts: Iterator[int]) -> str:
-        """Replaces each placeholder by its image's run: start, one per token of all its tiles, end."""
-        first, *rest = text.split(self.image_token)
-        runs = (self.image_start_token + self.image_token * next(counts) + self.image_end_token for _ in rest)
-        return first + "".join(run + piece for run, piece in zip(runs, rest))
+    def _check_rendered(self, text: str, sizes: MediaSizes, source: str) -> None:
+        tokens = self.media_tokens
+        given = {"image": (tokens.image, len(sizes.images))}
+        if sizes.videos:
+            given["video"] = (tokens.video, len(sizes.videos))
+        if self.sound is not None:
+            given["sound"] = (tokens.sound, len(sizes.sounds))
+        for kind, (token, count) in given.items():
+            if (found := text.count(token)) != count:
+                raise DataError(
+                    source,
+                    f"the chat template rendered {found} {kind} placeholder(s) for {count} {kind}(s)",
+                    "use a chat_template that prints every turn's content",
+                )
 
     @property
     def pad_token_id(self) -> int:
@@ -311,24 +350,22 @@ class NemotronVLProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """What `NemotronVL.forward` takes from a call."""
-        return ["input_ids", "attention_mask", "pixel_values", "image_grid_hw"]
+        images, videos, sounds = MEDIA_FIELDS[:2], MEDIA_FIELDS[2:5], MEDIA_FIELDS[5:]
+        told_apart = () if self.video is None and self.sound is None else ("mm_token_type_ids",)
+        media = images + (() if self.video is None else videos) + (() if self.sound is None else sounds)
+        return ["input_ids", "attention_mask", *told_apart, *media]
 
 
-_TOKEN_NAMES = ("image_token", "image_start_token", "image_end_token")
-
-
-def _pop_image_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = {*NemotronVLImageKwargs.__annotations__, "do_normalize", "image_mean", "image_std"}
-    return {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-
-
-def _image_counts(texts: list[str], images: Any, given: int, image_token: str) -> list[tuple[int, int]]:
-    """(placeholders, images) that must agree: per text if images come as one list per text, else in all."""
-    found = [text.count(image_token) for text in texts]
-    per_text = isinstance(images, (list, tuple)) and all(isinstance(own, (list, tuple)) for own in images)
-    if per_text and len(images) == len(texts):
-        return list(zip(found, (len(own) for own in images)))
-    return [(sum(found), given)]
+_OWN_OPTIONS = (
+    "image_token",
+    "image_start_token",
+    "image_end_token",
+    "audio_token",
+    "audio_start_token",
+    "audio_end_token",
+    "video",
+    "sound",
+)
 
 
 def token_id(tokenizer: Any, token: str) -> int:
@@ -345,14 +382,6 @@ def token_id(tokenizer: Any, token: str) -> int:
     if index is None or index == tokenizer.unk_token_id:
         raise ValueError(f"the tokenizer has no token {token!r}; add it as a special token or name the one it uses")
     return index
-
-
-def last_answer_start(labels: Tensor) -> int:
-    """Index of the first token of the last trained run of ``labels`` ``(L,)``; ``L`` if there is none."""
-    trained = labels != IGNORE_INDEX
-    starts = trained & ~torch.nn.functional.pad(trained[:-1], (1, 0))
-    found = starts.nonzero().flatten()
-    return int(found[-1]) if len(found) else len(labels)
 
 
 def _last_answer(conversation: Conversation) -> tuple[str, ...]:

@@ -52,12 +52,13 @@ class SampleLimit:
         """Whether a sample of this size is within the limit."""
         return tokens <= self.tokens and (self.patches is None or patches <= self.patches)
 
-    def image_patches(self, other_tokens: int, merge_size: int) -> int:
+    def image_patches(self, other_tokens: int, merge_size: int, other_patches: int = 0) -> int:
         """Patches that are left for all images of a sample.
 
         Args:
             other_tokens: Tokens of the sample that are no image placeholders; may leave nothing or less.
             merge_size: See `ImageGeometry`.
+            other_patches: Patches of its videos.
         """
         by_tokens = (self.tokens - other_tokens) * merge_size**2
-        return by_tokens if self.patches is None else min(by_tokens, self.patches)
+        return by_tokens if self.patches is None else min(by_tokens, self.patches - other_patches)

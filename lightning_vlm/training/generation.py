@@ -10,7 +10,7 @@ from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import VLMBatch
 
 
-def left_padded_prompts(batch: VLMBatch, pad_token_id: int) -> tuple[Tensor, Tensor]:
+def left_padded_prompts(batch: VLMBatch, pad_token_id: int) -> dict[str, Tensor]:
     """Cuts each row at its answer and moves the padding to the left, where generation needs it.
 
     Args:
@@ -18,13 +18,17 @@ def left_padded_prompts(batch: VLMBatch, pad_token_id: int) -> tuple[Tensor, Ten
         pad_token_id: Padding, masked.
 
     Returns:
-        ``input_ids`` and ``attention_mask``, both ``(B, longest prompt)``.
+        ``input_ids`` and ``attention_mask``, both ``(B, longest prompt)``, and ``mm_token_type_ids`` if the
+        batch has them.
     """
     width = int(batch.prompt_lengths.max())
     columns = torch.arange(width, device=batch.input_ids.device) - (width - batch.prompt_lengths[:, None])
     mask = columns >= 0
-    tokens = batch.input_ids.gather(1, columns.clamp(min=0))
-    return tokens.where(mask, pad_token_id), mask.long()
+    columns = columns.clamp(min=0)
+    prompts = {"input_ids": batch.input_ids.gather(1, columns).where(mask, pad_token_id), "attention_mask": mask.long()}
+    if batch.mm_token_type_ids is not None:
+        prompts["mm_token_type_ids"] = batch.mm_token_type_ids.gather(1, columns) * mask
+    return prompts
 
 
 @torch.no_grad()
@@ -48,16 +52,14 @@ def generate_answers(
         ``B`` texts without special tokens.
     """
     tokenizer = processor.tokenizer
-    input_ids, attention_mask = left_padded_prompts(batch, processor.pad_token_id)
+    prompts = left_padded_prompts(batch, processor.pad_token_id)
     generated = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        pixel_values=batch.pixel_values,
-        image_grid_hw=batch.image_grid_hw,
+        **prompts,
+        **batch.media_inputs(),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=processor.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         synced_gpus=in_step,
     )
-    return tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(generated[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -26,7 +26,7 @@ from torch.multiprocessing.spawn import ProcessException
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_vlm import NemotronVL, NemotronVLConfig, NemotronVLModule, VLMDataModule
-from lightning_vlm.models import nemotron_vl
+from lightning_vlm.models import absent_media
 from lightning_vlm.processing.tiny import tiny_processor
 from lightning_vlm.segments import cu_seqlens_from_lengths
 from lightning_vlm.training.freezing import freeze
@@ -258,7 +258,7 @@ def test_without_the_pass_ranks_fall_out_of_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrap: Wrap, frozen: list[str], message: str | None
 ) -> None:
     """So that the test above is known to test something."""
-    monkeypatch.setattr(nemotron_vl, "needs_absent_image", lambda *_: False)
+    monkeypatch.setattr(absent_media, "needs_absent_medium", lambda *_: False)
     with pytest.raises(ProcessException, match=message):
         run_ranks(partial(train, partial(make_model, frozen), wrap, dict), tmp_path, collective_timeout_s=10)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from lightning_vlm.geometry import ImageGeometry
+from lightning_vlm.geometry.images import ImageGeometry
 from lightning_vlm.media.image import image_to_patches, patches_to_pixels, pixels_to_patches, to_rgb
 
 DYNAMIC = ImageGeometry(patch_size=8, min_num_patches=4, max_num_patches=256)

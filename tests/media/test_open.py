@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import pickle
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,47 @@ class TestRemoteRoot:
         with pytest.raises(MediaError, match=r"'a.png' cannot be downloaded \(no credentials\), expected") as caught:
             load_image("a.png", self.policy, SOURCE)
         assert caught.value.kind == "download failed"
+
+
+class TestFolder:
+    def test_is_resolved_once_for_all_of_its_images(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "images").mkdir()
+        (tmp_path / "alias").symlink_to("images")
+        (tmp_path / "images" / "a.png").write_bytes(png())
+        resolved: list[Path] = []
+        resolve = Path.resolve
+        monkeypatch.setattr(Path, "resolve", lambda path: resolved.append(path) or resolve(path))
+        policy = MediaPolicy(tmp_path / "alias")
+        for _ in range(3):
+            assert load_image("a.png", policy, SOURCE).size == (5, 3)
+        assert resolved.count(tmp_path / "alias") == 1
+
+    def test_link_made_after_the_first_image_leads_nowhere_else(self, tmp_path: Path) -> None:
+        root = tmp_path / "images"
+        (root / "in").mkdir(parents=True)
+        (tmp_path / "secret").mkdir()
+        for file in (root / "a.png", root / "in" / "a.png", tmp_path / "secret" / "a.png"):
+            file.write_bytes(png())
+        policy = MediaPolicy(root)
+        load_image("in/a.png", policy, SOURCE)
+        (root / "in").rename(root / "moved")
+        (root / "in").symlink_to(tmp_path / "secret")
+        with pytest.raises(MediaError, match="leads outside"):
+            load_image("in/a.png", policy, SOURCE)
+        root.rename(tmp_path / "old")
+        root.symlink_to(tmp_path / "secret")  # the root itself, turned to another place
+        with pytest.raises(MediaError, match="leads outside"):
+            load_image("a.png", policy, SOURCE)
+
+    def test_policy_is_equal_hashed_and_sent_as_before(self, tmp_path: Path) -> None:
+        used, fresh = MediaPolicy(tmp_path), MediaPolicy(tmp_path)
+        (tmp_path / "a.png").write_bytes(png())
+        load_image("a.png", used, SOURCE)
+        assert used == fresh
+        assert hash(used) == hash(fresh)
+        assert pickle.loads(pickle.dumps(used)) == used
+        (tmp_path / "b").mkdir()
+        assert replace(used, media_root=tmp_path / "b").folder == (tmp_path / "b").resolve()
 
 
 class TestAllowedSchemes:

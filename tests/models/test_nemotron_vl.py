@@ -194,7 +194,7 @@ def test_the_pixel_shuffle_version_of_the_config_is_used(make_model, version):
         (lambda b: {"image_grid_hw": None}, "image_grid_hw"),
         (lambda b: {"pixel_values": None, "image_grid_hw": None}, "row 0 has 7 image .* no image was given"),
         (lambda b: {"input_ids": b["input_ids"].clamp(min=7)}, "the batch has 0 .* 17 features"),
-        (lambda b: {"input_ids": None, "inputs_embeds": torch.zeros(3, 24, 32)}, "needs input_ids"),
+        (lambda b: {"input_ids": None, "inputs_embeds": torch.zeros(3, 24, 32)}, "image features need input_ids"),
     ],
     ids=[
         "patch_missing",
@@ -390,9 +390,12 @@ def test_a_projector_missing_from_the_checkpoint_is_reported_and_initialised(mak
     assert 0.75 * expected < projector.linear_2.weight.std() < 1.25 * expected
 
 
-@pytest.mark.parametrize("media", ["pixel_values_videos", "input_features"])
-def test_other_media_are_refused_by_name(make_model, media):
-    model, ids = make_model(), torch.tensor([[7, 8]])
-    model(input_ids=ids, **{media: None})
-    with pytest.raises(NotImplementedError, match=f"{media} is not supported yet; the model takes images and text"):
-        model(input_ids=ids, **{media: torch.zeros(1, 3, 8, 8)})
+def test_media_that_the_model_has_no_part_for_are_refused_by_name(make_model):
+    model, ids = make_model(), torch.tensor([[7, 4, 8]])
+    with pytest.raises(FusionError, match="input_features were given to a model without audio_config; leave sounds"):
+        model(input_ids=ids, input_features=torch.zeros(1, 16, 32))
+    tubelets = {"pixel_values_videos": torch.zeros(4, 2 * 192, dtype=torch.uint8)}
+    with pytest.raises(FusionError, match="pixel_values_videos needs video_grid_thw beside it"):
+        model(input_ids=ids, **tubelets)
+    with pytest.raises(ValueError, match=r"patches have 384 values; expected 192 \(an image's\): use the processor"):
+        model(input_ids=ids, **tubelets, video_grid_thw=torch.tensor([[1, 2, 2]]))

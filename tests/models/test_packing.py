@@ -538,10 +538,8 @@ def test_the_tower_equals_transformers_loop_over_images(make_model, grids, mode)
     assert sum(isinstance(module, PackedRadioAttention) for module in ours.modules()) == 2
     assert not any(isinstance(module, PackedRadioAttention) for module in theirs.modules())
     grids = torch.tensor(grids)
-    prefix = ours.config.num_summary_tokens
-    documents = documents_from_lengths([rows * columns + prefix for rows, columns in grids.tolist()])
     patches = torch.randn(int(grids.prod(-1).sum()), 192)
-    features = ours(patches, image_grid_hw=grids, documents=documents).features
+    features = ours(patches, image_grid_hw=grids).features
     expected = theirs(patches, image_grid_hw=grids).features
     assert torch.equal(features, expected)
     weight = torch.randn_like(features)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from lightning_vlm.processing import chat
 from lightning_vlm.processing.chat import Span, render_prompt, render_turns, special_tokens, to_messages
 from lightning_vlm.processing.labels import tokenize_spans
 from lightning_vlm.processing.tiny import CHATML_TEMPLATE, tiny_tokenizer
@@ -385,6 +388,145 @@ class TestTemplatesThatCannotBeUsed:
     def test_prompt_that_the_template_refuses_names_the_place(self) -> None:
         with pytest.raises(DataError, match=r"file\.jsonl:12: .* refuses the turns \(user\): no"):
             render_prompt(with_template("{{ raise_exception('no') }}"), messages_of("q"), SOURCE)
+
+
+TEMPLATES = {
+    "chatml": CHATML_TEMPLATE,
+    "omni": OMNI_TEMPLATE,
+    "older": OLDER_TEMPLATE,
+    "trimming": TRIMMING_TEMPLATE,
+    "names another turn": "{% for m in messages %}" + ONE_TURN + "{{ messages[0].content[:1] == 'a' }}",
+    "tells a length": "{% for m in messages %}{{ m.content | length }}" + ONE_TURN,
+    "joins answers": "{% for m in messages %}{{ m.content.replace('ab', 'b') ~ '<|im_end|>' }}{% endfor %}",
+}
+WORDS = [
+    "",
+    "a",
+    "b",
+    "ab",
+    " ",
+    "\n",
+    "<think>",
+    "</think>",
+    "/no_think",
+    "/think",
+    "<|im_end|>",
+    "<|im_start|>user\n",
+]
+
+
+def outcome(tokenizer: Any, messages: list[dict[str, str]], **template_kwargs: Any) -> list[Span] | str:
+    """Spans, or why there are none."""
+    try:
+        return render_turns(tokenizer, messages, SOURCE, template_kwargs)
+    except DataError as error:
+        return str(error)
+
+
+TOKENIZERS = {name: with_template(template) for name, template in TEMPLATES.items()}
+
+
+class Counted:
+    """How often a tokenizer's template is rendered."""
+
+    def __init__(self, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.renderings = 0
+        inner = tokenizer.apply_chat_template
+
+        def counting(*args: Any, **kwargs: Any) -> str:
+            self.renderings += 1
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(tokenizer, "apply_chat_template", counting)
+
+    def of(self, tokenizer: Any, *contents: str, **template_kwargs: Any) -> int:
+        before = self.renderings
+        render_turns(tokenizer, messages_of(*contents), SOURCE, template_kwargs)
+        return self.renderings - before
+
+
+class TestRememberedFrames:
+    @pytest.mark.parametrize("name", TEMPLATES)
+    @settings(max_examples=60, deadline=None)
+    @given(
+        turns=st.lists(
+            st.tuples(
+                st.sampled_from(["user", "assistant", "tool", "system"]), st.lists(st.sampled_from(WORDS), max_size=3)
+            ),
+            min_size=1,
+            max_size=5,
+        ),
+        variables=st.sampled_from([{}, {"enable_thinking": False}, {"truncate_history_thinking": False}]),
+    )
+    def test_change_no_span(self, name: str, turns: list[tuple[str, list[str]]], variables: dict[str, bool]) -> None:
+        """Against nothing remembered, and against every turn rendered by itself among markers."""
+        tokenizer = TOKENIZERS[name]
+        messages = [{"role": role, "content": "".join(words)} for role, words in turns]
+        blank = [{**message, "content": "x"} for message in messages]  # of the same frame: remembers it
+        outcome(tokenizer, blank, **variables)
+        remembered = outcome(tokenizer, messages, **variables)
+        chat._FRAMES.clear()
+        assert outcome(tokenizer, messages, **variables) == remembered
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chat._Frame, "around", lambda *_: None)
+            thorough = outcome(tokenizer, messages, **variables)
+        if isinstance(thorough, list) or name != "names another turn":
+            assert remembered == thorough
+        if isinstance(remembered, list):
+            assert joined(remembered) == tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+
+    def test_cost_one_rendering_and_one_per_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tokenizer = with_template()
+        count = Counted(tokenizer, monkeypatch)
+        assert count.of(tokenizer, "q", "a") == 4
+        assert count.of(tokenizer, "another q", "another a") == 2
+        assert count.of(tokenizer, "q", "a", "r", "b") > 3
+        assert count.of(tokenizer, "q", "c", "r", "d") == 3
+
+    def test_are_told_apart_by_template_variables_and_special_tokens(self) -> None:
+        tokenizer, messages = with_template(OMNI_TEMPLATE), messages_of("q", "a")
+        thinking = trained(render(tokenizer, messages))
+        assert trained(render(tokenizer, messages, enable_thinking=False)) == ["a<|im_end|>"] != thinking
+        other = TRIMMING_TEMPLATE.replace("<|im_end|>", "</think>")
+        assert trained(render(tokenizer, messages, chat_template=other)) == ["a</think>"]
+        tokenizer.chat_template = CHATML_TEMPLATE
+        assert trained(render(tokenizer, messages)) == ["a<|im_end|>"]
+        tokenizer.chat_template = CHATML_TEMPLATE.replace("<|im_end|>", "!<|im_end|>")
+        assert trained(render(tokenizer, messages)) == ["a!<|im_end|>"]
+        tokenizer.add_special_tokens({"additional_special_tokens": [*EXTRA_TOKENS, "!"]})
+        assert trained(render(tokenizer, messages)) == ["a!"]
+
+    def test_of_a_template_that_tells_the_time_are_made_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        template = CHATML_TEMPLATE + "{{ now }}"
+        tokenizer, messages, now = with_template(template), messages_of("q", "a"), iter("12345678")
+        inner = tokenizer.apply_chat_template
+        time = next(now)
+        monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: inner(*a, **k, now=time))
+        for time in now:
+            spans = render_turns(tokenizer, messages, SOURCE)
+            assert trained(spans) == ["a<|im_end|>"]
+            assert spans[-1].text == f"\n{time}"
+
+    def test_are_bounded(self) -> None:
+        tokenizer = with_template()
+        for count in range(chat._MAX_FRAMES + 10):
+            roles = ["user" if count >> bit & 1 else "tool" for bit in range(9)]
+            render_turns(tokenizer, [{"role": role, "content": "x"} for role in [*roles, "assistant"]], SOURCE)
+            assert len(chat._FRAMES[tokenizer]) <= chat._MAX_FRAMES
+
+    def test_live_no_longer_than_their_tokenizer_and_do_not_travel_with_it(self) -> None:
+        tokenizer = with_template()
+        chat._FRAMES.clear()
+        render_turns(tokenizer, messages_of("q", "a"), SOURCE)
+        size = len(pickle.dumps(tokenizer))
+        render_turns(tokenizer, messages_of("q", "a", "r", "b"), SOURCE)
+        assert len(pickle.dumps(tokenizer)) == size
+        assert list(chat._FRAMES) == [tokenizer]
+        arrived = pickle.loads(pickle.dumps(tokenizer))
+        assert render(arrived, messages_of("q", "a")) == render(tokenizer, messages_of("q", "a"))
+        del tokenizer, arrived
+        gc.collect()
+        assert not chat._FRAMES
 
 
 class TestMessages:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from lightning_vlm.geometry import ImageGeometry
+from lightning_vlm.geometry.images import ImageGeometry
 from lightning_vlm.media.image import image_to_patches
 from lightning_vlm.ops.pixels import normalize_patches
 from lightning_vlm.processing.image_processor import NemotronVLImageProcessor

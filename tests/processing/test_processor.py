@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from lightning_vlm import NemotronVLProcessor
 from lightning_vlm.processing.image_processor import NemotronVLImageProcessor
-from lightning_vlm.processing.processor import last_answer_start
+from lightning_vlm.processing.labels import last_answer_start
 from lightning_vlm.processing.tiny import CHATML_TEMPLATE, tiny_processor, tiny_tokenizer
 from lightning_vlm.schema import IGNORE_INDEX, Conversation, DataError, ImageRef, Part, Text, Turn
 
@@ -390,10 +390,12 @@ print("works")
     assert result.stdout == "works\n", result.stderr
 
 
-@pytest.mark.parametrize("media", ["videos", "audio"])
-def test_other_media_are_refused_by_name(processor: NemotronVLProcessor, media: str) -> None:
+@pytest.mark.parametrize(("media", "setting"), [("videos", "video"), ("audio", "sound")])
+def test_media_without_settings_are_refused_by_name(processor: NemotronVLProcessor, media: str, setting: str) -> None:
     processor(text="hi", **{media: None})
-    with pytest.raises(NotImplementedError, match=f"{media} is not supported yet; the processor takes text and images"):
+    with pytest.raises(
+        ValueError, match=rf"{media} were given to a processor without settings.*{setting}=\{{\.\.\.\}}"
+    ):
         processor(text="hi", **{media: ["clip"]})
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_vlm import NemotronVL, NemotronVLConfig
-from lightning_vlm.models import nemotron_vl
+from lightning_vlm.models import absent_media
 from lightning_vlm.segments import cu_seqlens_from_lengths
 from lightning_vlm.training.freezing import PARTS, freeze
 
@@ -97,7 +97,7 @@ def test_every_bit_is_that_of_a_forward_without_the_pass(
         model.train()
         passes = count_passes(model)
         if not runs:
-            monkeypatch.setattr(nemotron_vl, "needs_absent_image", lambda *_: False)
+            monkeypatch.setattr(absent_media, "needs_absent_medium", lambda *_: False)
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             output = model(**batch)

@@ -1,4 +1,4 @@
-"""Media size -> patch grid -> number of tokens: the one answer to "how long is this image?".
+"""Image size -> patch grid -> number of tokens: the one answer to "how long is this image?".
 
 Integer maths only, no tensors and no pixels, so a plan can be made from image headers alone. The processor
 resizes to exactly these grids and the model returns exactly these many rows; tests hold the three together.
@@ -81,8 +81,21 @@ class ImageGeometry:
 
     def image_budget(self, num_images: int = 1, text_tokens: int = 0) -> int:
         """Patches that one image may have: what the context leaves, clamped to the configured range."""
-        available = max((self.max_model_len - text_tokens - 4) * self.merge_size**2, self.min_num_patches * num_images)
+        available = self.context_patches(num_images, text_tokens)
         return max(min(available, self.max_num_patches), self.min_num_patches)
+
+    def context_patches(self, num_images: int, text_tokens: int) -> int:
+        """Patches of all images together that the context has room for beside a text.
+
+        Never less than ``min_num_patches`` each: then the sample is longer than the context. Source: vLLM's
+        nano_nemotron_vl, its reserve of four tokens included.
+
+        Args:
+            num_images: Number of images.
+            text_tokens: Tokens of everything else.
+        """
+        room = (self.max_model_len - text_tokens - 4) * self.merge_size**2
+        return max(room, self.min_num_patches * num_images)
 
     def num_tokens(self, grids: Sequence[Grid]) -> int:
         """Language-model tokens of the given grids, image start and end markers not counted."""
@@ -201,10 +214,9 @@ def fit_dynamic_grids(
         max_tokens: Context length in tokens.
         text_tokens: Tokens of the context that are taken by text.
     """
-    minimum = geometry.min_num_patches
-    available = max((max_tokens - text_tokens - 4) * geometry.merge_size**2, minimum * len(sizes))
-    budget = max(min(available, geometry.max_num_patches), minimum)
-    return _share_patches(sizes, geometry, budget, available)
+    geometry = replace(geometry, max_model_len=max_tokens)
+    budget = geometry.image_budget(len(sizes), text_tokens)
+    return _share_patches(sizes, geometry, budget, geometry.context_patches(len(sizes), text_tokens))
 
 
 def _share_patches(

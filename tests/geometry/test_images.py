@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lightning_vlm import NemotronVL, NemotronVLProcessor
-from lightning_vlm.geometry import (
+from lightning_vlm.geometry.images import (
     Grid,
     ImageGeometry,
     dynamic_grid,

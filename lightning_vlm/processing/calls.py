@@ -1,0 +1,203 @@
+"""The door that transformers users know: texts and media of a batch -> padded model inputs, each text by itself.
+
+What a text becomes does not depend on the others in the batch, and is what training makes of the same text and media.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import make_flat_list_of_images
+
+from lightning_vlm.geometry.sounds import SoundGeometry
+from lightning_vlm.geometry.videos import VideoGeometry, uniform_frames
+from lightning_vlm.media.audio import load_audio
+from lightning_vlm.media.image import to_rgb
+from lightning_vlm.media.policy import MediaPolicy
+from lightning_vlm.media.video import Video, load_video
+from lightning_vlm.processing.chat import Span
+from lightning_vlm.processing.image_processor import NemotronVLImageKwargs
+from lightning_vlm.processing.media_layout import SoundLayout, media_sizes
+from lightning_vlm.processing.media_tensors import image_tensors, sound_tensors, video_tensors
+from lightning_vlm.processing.pieces import SOUND, VideoPiece, tokenize_pieces
+
+_PADDING = ("padding", "max_length", "padding_side", "pad_to_multiple_of")
+
+
+def call_processor(
+    processor: Any, text: str | list[str] | None, images: Any, videos: Any, audio: Any, options: dict[str, Any]
+) -> BatchFeature:
+    """Makes model inputs; see `NemotronVLProcessor.__call__`.
+
+    Args:
+        processor: The processor.
+        text: One text or several.
+        images: Images, flat or one list per text.
+        videos: Videos, likewise.
+        audio: Sounds, likewise.
+        options: Of images, videos and the tokenizer.
+
+    Raises:
+        ValueError: If texts and media do not match.
+    """
+    if text is None:
+        raise ValueError(f"text is missing; expected a text with one {processor.image_token} per image")
+    texts = [text] if isinstance(text, str) else list(text)
+    return_tensors, fps = options.pop("return_tensors", None), options.pop("video_fps", None)
+    if image_options := pop_image_options(options):
+        processor = _with_image_options(processor, image_options)
+    tokens = processor.media_tokens
+    for kind, given, name in (("videos", videos, "video"), ("audio", audio, "sound")):
+        if given is not None and getattr(processor, name) is None:
+            raise ValueError(f"{kind} were given to a processor without settings for them; make it with {name}={{...}}")
+    flat: dict[str, tuple[str, Any, list[Any]]] = {
+        "image": (tokens.image, images, _flat_images(images)),
+        "video": (tokens.video, videos, _flat_videos(videos, processor.video_geometry, fps)),
+        "sound": (tokens.sound, audio, _flat_sounds(audio, processor.sound_geometry)),
+    }
+    owned = [
+        _per_text(texts, token, media, _lengths(given, len(texts)), kind)
+        for kind, (token, given, media) in flat.items()
+    ]
+    pieces: list[Any] = []
+    parts: list[dict[str, Any]] = []
+    pairs: list[tuple[Tensor, SoundLayout]] = []
+    for number, (item, (own_images, own_videos, own_sounds)) in enumerate(zip(texts, zip(*owned)), start=1):
+        media = [*own_images, *own_videos, *own_sounds]
+        sizes = media_sizes(media, processor.video_geometry, processor.sound_geometry)
+        spans = [Span(item, trained=False)]
+        layout, own_pieces = processor.layouter.lay_out(spans, sizes, processor.geometry, f"text {number}")
+        pieces.append(own_pieces)
+        parts.append(
+            {
+                **image_tensors(own_images, layout, processor.image_processor),
+                **video_tensors(own_videos, sizes.videos, processor.video_geometry, processor.image_processor),
+            }
+        )
+        pairs += zip(own_sounds, sizes.sounds)
+    names = list(dict.fromkeys(name for part in parts for name, value in part.items() if value is not None))
+    data = {name: torch.cat([part[name] for part in parts if part.get(name) is not None]) for name in names}
+    sounds, layouts = [sound for sound, _ in pairs], [layout for _, layout in pairs]
+    data |= sound_tensors(sounds, layouts, processor.sound_geometry, processor.num_mel_bins)
+    told_apart = "video_grid_thw" in data or bool(sounds)
+    return BatchFeature(data={**_tokenize(processor, pieces, options, told_apart), **data}, tensor_type=return_tensors)
+
+
+def pop_image_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Takes the options of `NemotronVLImageProcessor` out of others.
+
+    Args:
+        kwargs: Changed in place.
+    """
+    names = {*NemotronVLImageKwargs.__annotations__, "do_normalize", "image_mean", "image_std"}
+    return {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+
+
+def _with_image_options(processor: Any, options: dict[str, Any]) -> Any:
+    changed = copy.copy(processor)
+    changed.image_processor = copy.copy(processor.image_processor)
+    for name, value in options.items():
+        setattr(changed.image_processor, name, value)
+    return changed
+
+
+def _tokenize(processor: Any, pieces: Sequence[Any], options: dict[str, Any], told_apart: bool) -> dict[str, Any]:
+    """``input_ids`` and ``attention_mask`` as the tokenizer returns them, and token types where they are needed."""
+    tokenizer = processor.tokenizer
+    if not any(isinstance(piece, VideoPiece) for own in pieces for piece in own):
+        options.setdefault("add_special_tokens", False)
+        encoded = dict(tokenizer(["".join(piece.text for piece in own) for own in pieces], **options))
+        if told_apart:
+            ids = {processor.image_token_id: 1, processor.audio_token_id: SOUND}
+            encoded["mm_token_type_ids"] = [[ids.get(token, 0) for token in row] for row in encoded["input_ids"]]
+        return encoded
+    if unknown := [name for name, value in options.items() if name not in _PADDING and value]:
+        raise ValueError(
+            f"{', '.join(unknown)} cannot be used with videos, whose labels are tokenised one by one; expected only "
+            f"{', '.join(_PADDING)} and return_tensors"
+        )
+    rows = [tokenize_pieces(tokenizer, own, processor.image_token_id, processor.audio_token_id) for own in pieces]
+    encoded = dict(tokenizer.pad({"input_ids": [ids.tolist() for ids, _, _ in rows]}, **{"padding": False, **options}))
+    encoded["mm_token_type_ids"] = []
+    for mask, (_, _, types) in zip(encoded["attention_mask"], rows):
+        remaining = iter(types.tolist())
+        encoded["mm_token_type_ids"].append([next(remaining) if real else 0 for real in mask])
+    return encoded
+
+
+def _per_text(texts: list[str], token: str, flat: list[Any], lengths: list[int] | None, kind: str) -> list[list[Any]]:
+    """The media of each text: as many as it has placeholders."""
+    found = [text.count(token) for text in texts]
+    for wanted, given in zip(found, lengths) if lengths is not None else [(sum(found), len(flat))]:
+        if wanted != given:
+            raise ValueError(f"text has {wanted} {token} placeholder(s) for {given} {kind}(s)")
+    remaining = iter(flat)
+    return [[next(remaining) for _ in range(count)] for count in found]
+
+
+def _lengths(media: Any, num_texts: int) -> list[int] | None:
+    """How many media each text was given, if they came as one list per text."""
+    if not isinstance(media, list | tuple) or len(media) != num_texts:
+        return None
+    nested = all(isinstance(own, list | tuple) and not _is_one_medium(own) for own in media)
+    return [len(own) for own in media] if nested else None
+
+
+def _is_one_medium(value: Any) -> bool:
+    """Whether a pair is a sound: samples and their rate."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int)
+
+
+def _flat_images(images: Any) -> list[Image.Image]:
+    return [] if images is None else [to_rgb(image) for image in make_flat_list_of_images(images)]
+
+
+def _flat_videos(videos: Any, geometry: VideoGeometry | None, fps: float | None) -> list[Video]:
+    if videos is None or geometry is None:
+        return []
+
+    def choose(total: int, source_fps: float | None) -> list[int]:
+        return uniform_frames(total, source_fps, geometry)
+
+    def read(video: Any) -> Video:
+        return video if isinstance(video, Video) else load_video(video, _ANY, "videos", frames_fps=fps, choose=choose)
+
+    return [read(video) for video in _flatten(videos, _is_video)]
+
+
+def _flat_sounds(audio: Any, geometry: SoundGeometry | None) -> list[Tensor]:
+    if audio is None or geometry is None:
+        return []
+
+    def read(sound: Any) -> Tensor:
+        pair = sound if isinstance(sound, tuple) else (sound, geometry.sampling_rate)
+        return load_audio(pair, _ANY, "audio", geometry.sampling_rate)[0]
+
+    return [read(sound) for sound in _flatten(audio, _is_sound)]
+
+
+def _is_video(value: Any) -> bool:
+    frames = isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Image.Image)
+    return frames or isinstance(value, Video) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 4)
+
+
+def _is_sound(value: Any) -> bool:
+    return _is_one_medium(value) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 1)
+
+
+def _flatten(media: Any, is_medium: Any) -> list[Any]:
+    if is_medium(media):
+        return [media]
+    if not isinstance(media, list | tuple):
+        raise ValueError(f"{type(media).__name__} is no medium; expected frames of videos, or samples of sounds")
+    return [medium for item in media for medium in _flatten(item, is_medium)]
+
+
+_ANY = MediaPolicy("")  # arrays and images of the caller's own: nothing is opened
