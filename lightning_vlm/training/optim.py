@@ -1,6 +1,6 @@
 """Optimizer groups by part, and the schedule from our own step count.
 
-Each part (vision, projector, language) has its own learning rate, split by whether weight decay applies.
+Each part (see `lightning_vlm.models.parts`) has its own learning rate, split by whether weight decay applies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from lightning_vlm.models.nemotron_vl import NemotronVL
-from lightning_vlm.training.freezing import PARTS, part
+from lightning_vlm.models.parts import PARTS, parts_of
 
 # Learned positions are matrices by shape only. (Mamba's scalars, norms and biases have one dimension: never decayed.)
 _NEVER_DECAYED = ("position_embedding", "cls_register_token")
@@ -28,7 +28,7 @@ def parameter_groups(model: NemotronVL, lr: float | dict[str, float], weight_dec
         weight_decay: Of matrices; biases, norms, Mamba's scalars and learned positions have none.
 
     Returns:
-        Groups named ``vision``, ``projector``, ``language`` and ``<part>/no_decay``, without empty ones.
+        Groups named as the parts, and ``<part>/no_decay``, without empty ones.
 
     Raises:
         ValueError: If ``lr`` names an unknown part or leaves out a trainable one.
@@ -37,8 +37,7 @@ def parameter_groups(model: NemotronVL, lr: float | dict[str, float], weight_dec
     if unknown := set(rates) - set(PARTS):
         raise ValueError(f"lr names {sorted(unknown)}; expected parts among {', '.join(PARTS)}")
     groups = []
-    for name in PARTS:
-        module = part(model, name)
+    for name, module in parts_of(model).items():
         decayed: list[nn.Parameter] = []
         spared: list[nn.Parameter] = []
         for key, parameter in module.named_parameters():

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_vlm import NemotronVL, NemotronVLConfig
 from lightning_vlm.models import absent_media
+from lightning_vlm.models.parts import PARTS
 from lightning_vlm.segments import cu_seqlens_from_lengths
-from lightning_vlm.training.freezing import PARTS, freeze
+from lightning_vlm.training.freezing import freeze
 
 ROWS = [[12], [5], [70]]
 
@@ -36,7 +37,7 @@ def count_passes(model: NemotronVL) -> list[int]:
 
 def tower(model: NemotronVL) -> dict[str, torch.nn.Parameter]:
     """Trained parameters of the tower and the projector."""
-    parts = (PARTS["vision"], PARTS["projector"])
+    parts = (PARTS["vision"].attribute, PARTS["projector"].attribute)
     return {name: p for name, p in model.named_parameters() if p.requires_grad and any(part in name for part in parts)}
 
 

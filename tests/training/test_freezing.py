@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_vlm import NemotronVL, NemotronVLConfig
-from lightning_vlm.training.freezing import PARTS, freeze, part
+from lightning_vlm.models.parts import PARTS, part, parts_of
+from lightning_vlm.training.freezing import freeze
 
 IMAGE_AND_TEXT = {
     "input_ids": torch.tensor([[7, 4, 4, 8], [7, 8, 9, 10]]),
@@ -23,7 +24,7 @@ def test_parts_are_the_three_networks_and_hold_every_parameter(make_model):
     assert part(model, "vision") is model.vision_model
     assert part(model, "projector") is model.multi_modal_projector
     assert part(model, "language") is model.language_model
-    counts = [sum(1 for _ in part(model, name).parameters()) for name in PARTS]
+    counts = [sum(1 for _ in part(model, name).parameters()) for name in parts_of(model)]
     assert sum(counts) == sum(1 for _ in model.parameters())
 
 
@@ -31,8 +32,7 @@ def test_parts_are_the_three_networks_and_hold_every_parameter(make_model):
 def test_frozen_parts_are_in_eval_mode_without_gradients_and_the_others_train(make_model, frozen):
     model = make_model().train()
     freeze(model, frozen)
-    for name in PARTS:
-        module = part(model, name)
+    for name, module in parts_of(model).items():
         modes = {child.training for child in module.modules()}
         assert modes == {name not in frozen}
         needs = {key: parameter.requires_grad for key, parameter in module.named_parameters()}
@@ -92,13 +92,14 @@ def test_a_step_moves_every_part_but_the_frozen_one(make_model, frozen):
     model(**batch).loss.backward()
     optimizer.step()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert {name.partition(".")[0] for name in moved} == {PARTS[name] for name in PARTS if name != frozen}
+    expected = {PARTS[name].attribute for name in parts_of(model) if name != frozen}
+    assert {name.partition(".")[0] for name in moved} == expected
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["tower"], "no part 'tower'; expected one of vision, projector, language"),
+        (["tower"], "no part 'tower'; expected one of vision, projector, audio, audio_projector, language"),
         (["language", "tower"], "no part 'tower'"),
         (["language", "vision", "projector"], "leaves nothing to train"),
     ],

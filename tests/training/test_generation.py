@@ -29,9 +29,18 @@ def sample(tokens: list[int], prompt_length: int, images: int = 0) -> Sample:
 
 def test_answers_are_cut_and_prompts_end_together():
     batch = PaddedCollate(0)([sample([7, 8, 9, 10, 11], 3), sample([12, 13], 1), sample([14, 15, 16, 17], 4)])
-    input_ids, mask = left_padded_prompts(batch, pad_token_id=5)
-    assert input_ids.tolist() == [[5, 7, 8, 9], [5, 5, 5, 12], [14, 15, 16, 17]]
-    assert mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
+    prompts = left_padded_prompts(batch, pad_token_id=5)
+    assert prompts.keys() == {"input_ids", "attention_mask"}
+    assert prompts["input_ids"].tolist() == [[5, 7, 8, 9], [5, 5, 5, 12], [14, 15, 16, 17]]
+    assert prompts["attention_mask"].tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
+
+
+def test_token_types_move_with_their_tokens_and_padding_has_none():
+    batch = PaddedCollate(0)([sample([7, 4, 9, 10], 3), sample([4, 13], 1)])
+    batch.mm_token_type_ids = torch.tensor([[0, 2, 0, 0], [1, 0, 0, 0]])
+    prompts = left_padded_prompts(batch, pad_token_id=4)
+    assert prompts["input_ids"].tolist() == [[7, 4, 9], [4, 4, 4]]
+    assert prompts["mm_token_type_ids"].tolist() == [[0, 2, 0], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("images", [0, 1], ids=["text_only", "with_an_image"])
