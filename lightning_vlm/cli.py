@@ -12,6 +12,7 @@ import logging
 import netrc
 import os
 import re
+import select
 import signal
 import sys
 import urllib.parse
@@ -175,6 +176,14 @@ class VLMCLI(LightningCLI):
         """LightningCLI's own, and those that look before a run."""
         return {**LightningCLI.subcommands(), **{name: set() for name in _WITHOUT_TRAINER}}
 
+    def _set_seed(self) -> None:
+        """Seeds; says so only where the seed decides something: what looks at a run trains nothing."""
+        seed = self.config[self.subcommand].seed_everything if self.subcommand in _WITHOUT_TRAINER else True
+        if seed is True:  # a seed to be chosen is always told
+            super()._set_seed()
+        elif seed is not False:
+            L.seed_everything(seed, workers=True, verbose=False)
+
     def _parse_ckpt_path(self) -> None:
         """Keeps the config as the user gave it; LightningCLI would replace it by the checkpoint's hyperparameters."""
 
@@ -241,9 +250,21 @@ def main(args: list[str] | None = None) -> int:
         args: Arguments; those of the process by default.
 
     Returns:
-        Exit code: 0 good, 1 a problem in data or model, 2 wrong use, 143 stopped by SIGTERM.
+        Exit code: 0 good, 1 a problem in data or model, 2 wrong use, 141 nobody reads on, 143 stopped by SIGTERM.
     """
     _quiet_other_libraries()
+    try:
+        try:
+            return _run(args)
+        finally:
+            sys.stdout.flush()  # here, where it can be answered for: Python would do it after the end
+    except BrokenPipeError:
+        if not _lost_its_reader():
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _run(args: list[str] | None) -> int:
     try:
         return VLMCLI(args).exit_code
     except (DataError, IsolationError) as error:
@@ -252,6 +273,25 @@ def main(args: list[str] | None = None) -> int:
     except SIGTERMException:
         print("stopped by SIGTERM; continue with --ckpt_path last", file=sys.stderr)
         return 128 + signal.SIGTERM
+
+
+def _lost_its_reader() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as behind ``| head``; it leads nowhere from then on.
+
+    Python ignores the signal that ends other programs then, and should: a run writes into other pipes too.
+    """
+    try:
+        stdout = sys.stdout.fileno()
+    except OSError:  # no file at all: a notebook's, or a test's
+        return False
+    ends = select.poll()
+    ends.register(stdout, 0)  # that it is broken is told unasked
+    if not ends.poll(0):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stdout)
+    os.close(nowhere)
+    return True
 
 
 def _quiet_other_libraries() -> None:

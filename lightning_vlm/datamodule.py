@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_vlm.automodel.collate_choice import collate_for
 from lightning_vlm.checkpoint.source import open_processor
+from lightning_vlm.data.bad_samples import BadSamples
 from lightning_vlm.data.collate import PackedCollate, PaddedCollate
 from lightning_vlm.data.dataset import OverlongPolicy, SampleDataset
 from lightning_vlm.data.examples import ExampleCollate, ExampleDataset, blank_example
@@ -26,13 +27,13 @@ from lightning_vlm.data.mixture import cycle_length
 from lightning_vlm.data.plan import BatchOptions, DataPlan, SamplerName, in_file_order
 from lightning_vlm.data.preview import Previews, make_previews
 from lightning_vlm.data.samplers import EpochPlan, Position
-from lightning_vlm.data.screening import BadSamplePolicy
+from lightning_vlm.data.screening import BadSamplePolicy, first_good
 from lightning_vlm.data.selection import OUR_COLLATES, Files, check_examples, check_selections, listed
 from lightning_vlm.data.split import ReadOptions, Split, check_ranks_agree
 from lightning_vlm.data.summary import PlanSummary, summarize
 from lightning_vlm.media.load import MediaPolicy
 from lightning_vlm.processing.processor import NemotronVLProcessor
-from lightning_vlm.schema import DataError, Sample, StoppingError
+from lightning_vlm.schema import DataError, Sample
 from lightning_vlm.sources.open import group_names, weights_of
 
 
@@ -74,8 +75,9 @@ class VLMDataModule(L.LightningDataModule):
         verify: What is looked at of every sample before training: its row (``rows``), also the headers of its media and
             its length (``headers``; always, where batches follow from lengths), or all bytes of its media (``decode``).
             What was found is kept, so a second start is quick.
-        max_bad_fraction: The largest share of bad samples (rows or media that cannot be used). They are left out, named
-            in ``bad_samples.jsonl`` and counted; more of them stop the run.
+        max_bad_fraction: The largest share of bad samples: rows or media that cannot be used, which are left out, and
+            answers of which another family's function leaves nothing to learn. Whatever the LightningModule, they are
+            named in ``bad_samples.jsonl`` and counted, see `BadSamples`; more of them stop the run.
         strict: The first bad sample stops the run.
         template_kwargs: Extra chat-template variables, e.g. ``{enable_thinking: false}``.
         cache_dir: Where measured lengths are kept; ``$LIGHTNING_VLM_CACHE`` or ``~/.cache/lightning_vlm`` by default.
@@ -175,6 +177,8 @@ class VLMDataModule(L.LightningDataModule):
             if self.files[split]:
                 self.splits[split].open(self._reading())
                 self._data_plan(split)
+        if self.trainer is not None:  # before its callbacks are set up: Lightning comes here first
+            BadSamples.attach(self.trainer, self)
         if stage == "fit":  # a fit starts at the beginning unless its checkpoint, restored after this, says otherwise
             self._train_loader = self._restored = None
 
@@ -287,38 +291,28 @@ class VLMDataModule(L.LightningDataModule):
     def preview(self, count: int = 5, split: str = "train", **which: Any) -> Previews:
         """Some samples as the model gets them: the first ``count`` of training, or ``which``, see `make_previews`."""
         self.splits[split].open(self._reading())
-        return make_previews(self._data_plan(split), self._epoch_plan(split), count, split, **which)
+        plan = self._data_plan(split, tell=None)  # its reports stand in the preview
+        return make_previews(plan, self._epoch_plan(split, tell=None), count, split, **which)
 
     def probe_samples(self, count: int = 2) -> list[Sample]:
         """The first samples that training will see, for checks before it starts."""
-        plan = self.train_plan()
-        dataset = self._data_plan("train").dataset
-        found: list[Sample] = []
-        for index in (index for batch in plan.batches(Position()) for index in batch.indices):
-            if len(found) == count:
-                break
-            try:
-                found.append(dataset[index])
-            except StoppingError:
-                raise
-            except DataError:  # a bad sample is told of when training comes to it
-                continue
-        return found
+        indices = (index for batch in self.train_plan().batches(Position()) for index in batch.indices)
+        return first_good(self._data_plan("train").dataset, indices, count)
 
     def _eval_loader(self, split: str) -> ResumableLoader | list[Any]:
         return self._loader(split, self._epoch_plan(split)) if self.files[split] else []
 
-    def _epoch_plan(self, split: str, shuffled: bool = True) -> EpochPlan:
+    def _epoch_plan(self, split: str, shuffled: bool = True, tell: Any = rank_zero_info) -> EpochPlan:
         world_size, _ = self._ranks()
-        batcher = self._data_plan(split, shuffled).batcher
+        batcher = self._data_plan(split, shuffled, tell).batcher
         return EpochPlan(batcher, world_size, self.splits[split].fingerprint)
 
-    def _data_plan(self, split: str, shuffled: bool = True) -> DataPlan:
+    def _data_plan(self, split: str, shuffled: bool = True, tell: Any = rank_zero_info) -> DataPlan:
         if self.collate not in OUR_COLLATES or not isinstance(self.processor, NemotronVLProcessor):
             self._check_examples()
         show_progress = self.trainer is None or self.trainer.is_global_zero
         options = self._batch_options(split) if shuffled else in_file_order(self._batch_options(split))
-        return self.splits[split].plan(options, self._reading(), show_progress, rank_zero_info)
+        return self.splits[split].plan(options, self._reading(), show_progress, tell)
 
     def _reading(self) -> ReadOptions:
         urls = self.allow_urls if isinstance(self.allow_urls, bool) else tuple(self.allow_urls)
@@ -364,7 +358,8 @@ class VLMDataModule(L.LightningDataModule):
         collate: Any = PackedCollate() if split == "train" and self.packs_rows else None
         blank: Any = None
         if isinstance(dataset, ExampleDataset):
-            collate = ExampleCollate(collate_for(self.processor, self.collate, **self.collate_options))
+            function = collate_for(self.processor, self.collate, **self.collate_options)
+            collate = ExampleCollate(function, trains=split == "train")
             blank = blank_example()
         return ResumableLoader(
             dataset,

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import ModuleDict
 from torch.optim import AdamW
 
-from lightning_vlm.callbacks.bad_samples import BadSamples
 from lightning_vlm.callbacks.isolation import IsolationProbe
 from lightning_vlm.callbacks.ledger import EpochLedger
 from lightning_vlm.checkpoint.source import pretrained_source
@@ -28,13 +27,16 @@ from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.fusion import FusionError
 from lightning_vlm.models.nemotron_vl import NemotronVL
+from lightning_vlm.models.parts import check_parts
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import DataError, VLMBatch, file_of
-from lightning_vlm.training.freezing import check_parts, freeze
+from lightning_vlm.training.freezing import freeze
 from lightning_vlm.training.generation import generate_answers
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
 from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens
 from lightning_vlm.training.optim import parameter_groups, warmup_cosine
+from lightning_vlm.training.reached import ReachedMedia
+from lightning_vlm.training.recomputation import check_recomputed, recompute_activations
 from lightning_vlm.training.resume import move_progress, reopen_epoch, rewind_to_last_step
 
 
@@ -50,8 +52,11 @@ class NemotronVLModule(L.LightningModule):
         betas: Of AdamW.
         warmup: Warm-up steps, or a fraction of the run if below 1.
         min_lr_ratio: Learning rate at the end of the run, relative to the peak.
-        freeze: Parts that are not trained: ``vision``, ``projector``, ``language``.
-        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        freeze: Parts that are not trained: ``vision``, ``projector``, ``audio``, ``audio_projector``, ``language``.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory: in all parts, or in those
+            named among ``vision``, ``audio`` and ``language``.
+        vision_micro_batch: Most frames (images, tiles, frames of videos) of one pass of the vision tower, so that a
+            long video needs no more memory than these; all at once by default.
         generate_on_validation: Score generated answers in validation, besides the loss.
         max_new_tokens: Longest generated answer.
 
@@ -71,7 +76,8 @@ class NemotronVLModule(L.LightningModule):
         warmup: float = 0.03,
         min_lr_ratio: float = 0.1,
         freeze: list[str] | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | list[str] = False,
+        vision_micro_batch: int | None = None,
         generate_on_validation: bool = True,
         max_new_tokens: int = 64,
     ) -> None:
@@ -79,6 +85,9 @@ class NemotronVLModule(L.LightningModule):
         if (model_id is None) == (config is None):
             raise ValueError("NemotronVLModule takes either model_id or config; give one of them")
         check_parts([*(freeze or []), *(lr if isinstance(lr, dict) else [])])
+        check_recomputed(gradient_checkpointing)
+        if vision_micro_batch is not None and vision_micro_batch < 1:
+            raise ValueError(f"vision_micro_batch is {vision_micro_batch}; expected at least one frame, or none")
         config = config.to_dict() if isinstance(config, NemotronVLConfig) else config
         self.save_hyperparameters()
         self.model: NemotronVL | None = None
@@ -87,6 +96,7 @@ class NemotronVLModule(L.LightningModule):
         self.scores = ModuleDict()
         self._groups: dict[str, str] = {}  # file -> name of its score group
         self._step_loss: Tensor | None = None
+        self._reached = ReachedMedia()
         self._applied = (0, 0)  # epoch, and batches of it whose gradient is in the weights
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
 
@@ -104,14 +114,14 @@ class NemotronVLModule(L.LightningModule):
             else:
                 model = NemotronVL.from_pretrained(name, dtype=torch.get_default_dtype())
         model.train()
-        if options.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model, options.gradient_checkpointing)
+        model.vision_model.micro_batch = options.vision_micro_batch
         freeze(model, options.freeze or [])
         self.model = model
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What watches every run: the isolation of packed documents, bad samples, and that no other is lost."""
-        return [IsolationProbe(), BadSamples(), EpochLedger()]
+        """What watches every run: the isolation of packed documents, and that no sample is lost."""
+        return [IsolationProbe(), EpochLedger()]
 
     def setup(self, stage: str) -> None:
         """Starts afresh, and takes the processor and the names of score groups from the datamodule.
@@ -126,6 +136,7 @@ class NemotronVLModule(L.LightningModule):
                     "follow it; set trainer.accumulate_grad_batches"
                 )
             self._applied, self._step_loss = (0, 0), None  # a checkpoint is loaded after this
+            self._reached = ReachedMedia()
         datamodule = self._datamodule
         if datamodule is None:
             return
@@ -161,6 +172,7 @@ class NemotronVLModule(L.LightningModule):
                 f"{batch.step_label_tokens}; load it with VLMDataModule, or set batch.step_label_tokens to their sum"
             )
         label_tokens = step_label_tokens(batch.step_label_tokens, self.device)
+        self._reached.add(batch)
         loss_sum = self._loss_sum(batch)
         share = loss_sum.detach() / label_tokens.to(loss_sum.device, loss_sum.dtype)
         self._step_loss = share if self._step_loss is None else self._step_loss + share
@@ -172,7 +184,8 @@ class NemotronVLModule(L.LightningModule):
         torch.manual_seed(hash(position) % 2**63)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the whole step's loss and the norm of its gradient before clipping."""
+        """Leaves alone what no medium reached; logs the step's loss and the norm of its gradient before clipping."""
+        self._reached.leave_unreached_alone(self.network, self.device)
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients), prog_bar=False)
         if self._step_loss is not None:

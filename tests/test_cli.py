@@ -6,6 +6,8 @@ import builtins
 import csv
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,8 @@ from lightning_vlm.cli import VLMCLI, main, suggest
 from lightning_vlm.models import packed_mamba
 from lightning_vlm.processing.tiny import tiny_processor
 from lightning_vlm.segments import documents_from_lengths
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -226,7 +230,7 @@ def test_a_folder_without_a_processor_is_named(config: Path, capsys: pytest.Capt
         ),
         (
             ["--model.freeze", "[tower]"],
-            "error: the model has no part 'tower'; expected one of vision, projector, language",
+            "error: the model has no part 'tower'; expected one of vision, projector, audio, audio_projector, language",
         ),
         (["--model.model_id", "null"], "error: NemotronVLModule takes either model_id or config; give one of them"),
         (["--trainer.accelerator", "abacus"], "error: You selected an invalid accelerator name"),
@@ -488,3 +492,49 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert exit_code("doctor") == 1
     assert "  ssd       ERROR     LIGHTNING_VLM_SSD=fla cannot run: " in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+# As a part of a pipe
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [
+        (["plan", "--picture", ""], ""),  # less than a buffer: written at the end
+        (["plan", "--picture", ""], "1"),  # written at once
+        (["check", "--json"], "1"),
+        (["plan", "--data.train", "absent.jsonl"], ""),  # nothing is written: an error is one all the same
+    ],
+)
+def test_a_reader_that_left_ends_it_quietly(config: Path, arguments: list[str], unbuffered: str) -> None:
+    fails = "absent.jsonl" in arguments
+    read, write = os.pipe()
+    os.close(read)  # as `head` does when it has its lines; here, for certain, before the first is written
+    with os.fdopen(write, "w") as pipe:
+        script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lightning_vlm.cli import main; sys.exit(main())"
+        command = [sys.executable, "-c", script, arguments[0], "--config", str(config), *arguments[1:]]
+        env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, env=env)
+    assert "BrokenPipeError" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (1 if fails else 128 + signal.SIGPIPE)
+    assert done.stderr.rstrip().endswith("correct the path in the data config.") == fails
+
+
+def test_a_broken_pipe_of_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker or a service that died: stdout is whole, so its reader is not the reason."""
+
+    def broken(args: Any) -> None:
+        raise BrokenPipeError("a service")
+
+    monkeypatch.setattr("lightning_vlm.cli.VLMCLI", broken)
+    with pytest.raises(BrokenPipeError, match="a service"):
+        main([])
+
+
+@pytest.mark.parametrize("command", ["check", "preview", "plan", "fit"])
+def test_only_what_trains_tells_its_seed(config: Path, command: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lightning")
+    options = ["--trainer.fast_dev_run", "true"] if command == "fit" else []
+    assert exit_code(command, "--config", str(config), *options) == 0
+    assert ("Seed set to" in caplog.text) == (command == "fit")

@@ -416,6 +416,22 @@ class TestOverlong:
         assert message.startswith("train: 4 of 12 samples (33.3 %) exceed 80 tokens and will not be trained on: ")
         assert f"{data.files['train'][0]}:12 (99 tokens, 24 patches)" in message
 
+    @pytest.mark.parametrize("options", [{}, {"packing": True}, {"batch_size": 1}], ids=str)
+    @pytest.mark.parametrize("limit", [5, 24, 39])
+    def test_text_is_never_cut_to_where_nothing_is_learned(
+        self, write_rows: Callable[..., Path], processor: NemotronVLProcessor, options: dict[str, Any], limit: int
+    ) -> None:
+        """The answer of the second row begins behind 39 tokens: without it nothing would be learned from the row."""
+        rows = [{"messages": [{"role": "user", "content": text}, BOT]} for text in ("", "x" * 20)]
+        where = {"train": str(write_rows(rows)), "processor": processor, "overlong": "truncate_text", **options}
+        with pytest.raises(DataError, match=r"rows.jsonl:2 \(43 tokens") as caught:
+            VLMDataModule(**where, max_tokens=limit).setup("fit")
+        assert "cannot be cut without cutting an image or the whole answer" in str(caught.value)
+        for batch in epoch_of(VLMDataModule(**where, max_tokens=40)):
+            ends = [0, *(batch.cu_seqlens.tolist()[1:] if batch.cu_seqlens is not None else [])]
+            documents = [batch.labels[0, a:b] for a, b in pairwise(ends)] or list(batch.labels)
+            assert all((labels[1:] != -100).any() for labels in documents)
+
     @pytest.mark.parametrize("options", [{"packing": True}, {"sampler": "token_budget"}, {}], ids=str)
     def test_downscaled_samples_fit(
         self,

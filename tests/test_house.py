@@ -36,6 +36,7 @@ HALVES = [({"media", "sources", "processing", "data", "automodel"}, {"models", "
 JOINTS = {
     ("processing/image_processor.py", "ops"),  # one normalisation formula for tower and processor
     ("training/generation.py", "processing"),  # answers are decoded by the processor that made the prompts
+    ("data/synthetic_media.py", "models"),
     ("data/synthetic.py", "models"),  # the demo's folder holds the config of the model it is for
 }
 

@@ -262,9 +262,9 @@ def test_wrong_use_is_named(tmp_path: Path) -> None:
     for options in ({}, {"model_id": "a", "config": {}}):
         with pytest.raises(ValueError, match="either model_id or config; give one of them"):
             NemotronVLModule(**options)
-    with pytest.raises(ValueError, match=r"no part 'tower'; expected one of vision, projector, language"):
+    with pytest.raises(ValueError, match=r"no part 'tower'; expected one of vision, projector, audio, "):
         NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), freeze=["tower"])
-    with pytest.raises(ValueError, match=r"no part 'head'; expected one of vision, projector, language"):
+    with pytest.raises(ValueError, match=r"no part 'head'; expected one of vision, projector, audio, "):
         NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), lr={"head": 1.0})
 
 

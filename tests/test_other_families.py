@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import Gemma3ImageProcessorPil, Gemma3Processor
 from lightning_vlm import NemotronVLProcessor, VLMDataModule
 from lightning_vlm.data.examples import ExampleBatch
 from lightning_vlm.processing.tiny import tiny_tokenizer
+from lightning_vlm.schema import DataError
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
@@ -52,6 +54,10 @@ class Model(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_fit_on_batches_of_the_familys_own_collate(
     gemma: Gemma3Processor, make_task: Callable[..., Path], tmp_path: Path, workers: int
@@ -65,6 +71,9 @@ def test_a_fit_on_batches_of_the_familys_own_collate(
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
     trainer.fit(model, datamodule=data)
+    (record,) = records(tmp_path)
+    assert (record["source"], record["split"], record["kind"]) == (f"{file}:{bad + 1}", "train", "not an image")
+    assert trainer.callback_metrics["data/bad_samples"] == 1
     for epoch in (model.seen[:4], model.seen[4:]):
         assert sorted(index for batch in epoch for index in batch) == [index for index in range(10) if index != bad]
     batch = next(iter(data.train_dataloader()))
@@ -129,3 +138,42 @@ def test_headers_and_all_bytes_are_verified_as_for_ours(
     data = VLMDataModule(train=str(file), processor=gemma, verify="headers", max_bad_fraction=0.2)
     data.setup("fit")
     assert list(data.known_bad("train")) == [int(image.name.split("-")[1])]
+
+
+class TestNothingToLearn:
+    """The family's function cuts at ``max_length``: of rows 3 and 7 it cuts the whole answer."""
+
+    @pytest.fixture
+    def file(self, write_rows: Callable[..., Path]) -> Path:
+        asked = ["why? " * (40 if index in (2, 6) else 1) for index in range(8)]
+        turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "so"}] for text in asked]
+        return write_rows([{"messages": turn} for turn in turns])
+
+    def fit(self, gemma: Gemma3Processor, file: Path, folder: Path, **options: Any) -> tuple[Model, L.Trainer]:
+        model = Model()
+        data = VLMDataModule(train=str(file), val=str(file), processor=gemma, collate="default",
+                             collate_options={"max_length": 60}, **options)  # fmt: skip
+        trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+                            enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder)  # fmt: skip
+        trainer.fit(model, datamodule=data)
+        return model, trainer
+
+    @pytest.mark.parametrize("options", [{"batch_size": 3}, {"batch_size": 1}, {"batch_size": 4, "num_workers": 2}])
+    def test_is_listed_counted_and_stays_in_the_batch(
+        self, gemma: Gemma3Processor, file: Path, tmp_path: Path, options: dict[str, Any]
+    ) -> None:
+        model, trainer = self.fit(gemma, file, tmp_path, max_bad_fraction=0.25, **options)
+        found = records(tmp_path)
+        assert sorted((record["index"], record["source"]) for record in found) == [(2, f"{file}:3"), (6, f"{file}:7")]
+        assert {record["kind"] for record in found} == {"nothing to learn"}
+        assert {record["split"] for record in found} == {"train"}
+        assert trainer.callback_metrics["data/bad_samples"] == 2
+        assert sorted(index for batch in model.seen for index in batch) == sorted([*range(8)] * 2)
+
+    def test_too_many_stop_the_run(self, gemma: Gemma3Processor, file: Path, tmp_path: Path) -> None:
+        with pytest.raises(DataError) as caught:
+            self.fit(gemma, file, tmp_path, max_bad_fraction=0.2, batch_size=4)
+        assert "2 of 8 samples (25 %) cannot be used" in str(caught.value)
+        assert f"{file}:3: none of its tokens is trained on in the batch" in str(caught.value)
+        with pytest.raises(DataError, match=r"rows.jsonl:[37]: none of its tokens"):
+            self.fit(gemma, file, tmp_path, strict=True, max_bad_fraction=1.0, batch_size=4)

@@ -7,7 +7,7 @@ such data is neither packed nor planned by length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -62,20 +62,40 @@ class ExampleDataset(SampleDataset):
 class ExampleBatch(dict[str, Any]):
     """What a collate function returned, with what the loader has to say of it.
 
+    Args:
+        batch: What the function returned.
+        without_labels: Examples of it with nothing to learn: the position of each, and the sentence that says so.
+
     Attributes:
         num_label_tokens: Labels other than -100.
         step_label_tokens: The same in all micro-batches of this rank's optimizer step; the loader fills it in.
         indices: Numbers of its samples; the loader fills them in.
-        skipped: Bad samples that are not in it: the number of each, and what is wrong.
     """
 
-    def __init__(self, batch: dict[str, Any]) -> None:
+    def __init__(self, batch: dict[str, Any], without_labels: Mapping[int, DataError] | None = None) -> None:
         super().__init__(batch)
         labels = self.get("labels")
         self.num_label_tokens = int((labels != IGNORE_INDEX).sum()) if isinstance(labels, Tensor) else 0
         self.step_label_tokens = 0
         self.indices: Tensor | None = None
-        self.skipped: list[tuple[int, DataError]] = []
+        self._left_out: list[tuple[int, DataError]] = []
+        self._without_labels = without_labels or {}
+
+    @property
+    def skipped(self) -> list[tuple[int, DataError]]:
+        """Samples that are not trained on: the number of each, and what is wrong.
+
+        Bad ones, which are not in the batch: the loader sets them. After them those with nothing to learn, which are
+        in it and add nothing to its loss.
+        """
+        if self.indices is None:
+            return self._left_out
+        numbers = self.indices.tolist()
+        return [*self._left_out, *((numbers[row], error) for row, error in self._without_labels.items())]
+
+    @skipped.setter
+    def skipped(self, left_out: list[tuple[int, DataError]]) -> None:
+        self._left_out = left_out
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Moves every tensor, however deep, in place, and returns the batch (Lightning calls it)."""
@@ -95,10 +115,11 @@ class ExampleCollate:
 
     Args:
         function: ``examples -> batch``.
+        trains: The batches are trained on: examples with nothing to learn are told (see `_without_labels`).
     """
 
-    def __init__(self, function: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[[list[Any]], dict[str, Any]], trains: bool = False) -> None:
+        self.function, self.trains = function, trains
 
     def __call__(self, examples: Sequence[dict[str, Any]], counted: bool = True) -> ExampleBatch:
         """Makes a batch.
@@ -110,7 +131,33 @@ class ExampleCollate:
         batch = dict(self.function(list(examples)))
         if not counted and isinstance(batch.get("labels"), Tensor):
             batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
-        return ExampleBatch(batch)
+        return ExampleBatch(batch, _without_labels(batch, examples) if counted and self.trains else None)
+
+
+def _without_labels(batch: dict[str, Any], examples: Sequence[dict[str, Any]]) -> dict[int, DataError]:
+    """Examples that have nothing to learn in a batch, as far as the batch tells, by their position.
+
+    A row of labels is an example where there are as many rows as examples: no function here changes their order. Where
+    there are fewer or more (a function that packs several into a row, drops long ones, or makes pairs), no row says
+    whose it is: then only a batch without any label tells anything, of all of them.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return {}
+    is_empty = (labels == IGNORE_INDEX).all(dim=1)
+    if len(labels) != len(examples):
+        is_empty = is_empty.all().expand(len(examples))
+    return {
+        row: DataError(
+            examples[row].get("source", f"example {row + 1} of a batch"),
+            "none of its tokens is trained on in the batch that the collate function made, expected at least one label "
+            f"other than {IGNORE_INDEX}",
+            "raise the function's max_length (collate_options) if it cut the answer off, correct the chat template if "
+            "it marks none, or remove the row",
+            "nothing to learn",
+        )
+        for row in is_empty.nonzero().flatten().tolist()
+    }
 
 
 def blank_example() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_vlm.data.passes import pass_over
-from lightning_vlm.schema import DataError
+from lightning_vlm.schema import DataError, Sample, StoppingError
 from lightning_vlm.sources.files import cache_root
 
 if TYPE_CHECKING:
@@ -74,6 +74,30 @@ class BadSamplePolicy:
             "correct or remove them (lightning-vlm check lists them all), or raise max_bad_fraction",
             "too many bad samples",
         )
+
+
+def first_good(dataset: SampleDataset, indices: Iterable[int], count: int) -> list[Sample]:
+    """The first samples that can be used; a bad one is told of when training comes to it.
+
+    Args:
+        dataset: The samples.
+        indices: Their numbers, in the order in which they are tried.
+        count: How many.
+
+    Raises:
+        StoppingError: If something other than a bad sample is met.
+    """
+    found: list[Sample] = []
+    for index in indices:
+        if len(found) == count:
+            break
+        try:
+            found.append(dataset[index])
+        except StoppingError:
+            raise
+        except DataError:
+            continue
+    return found
 
 
 def told(count: int, total: int) -> str:

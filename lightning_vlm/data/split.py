@@ -49,6 +49,7 @@ class Split:
         self.name, self.files, self._processor = name, list(files), processor
         self._sources: list[RowSource] | None = None
         self._plans: dict[BatchOptions, DataPlan] = {}
+        self._told: set[str] = set()
 
     def open(self, reading: ReadOptions) -> None:
         """Opens what is not open, and what has changed on disk.
@@ -60,7 +61,7 @@ class Split:
             return
         needs_answer = self.name != "predict"
         self._sources = open_sources(self.files, needs_answer, reading.media_root, reading.cache_dir)
-        self._plans.clear()
+        self._forget_plans()
 
     def open_each(self, reading: ReadOptions) -> list[DataError]:
         """Opens the sources that can be opened, one by one, and returns what is wrong with the others."""
@@ -70,13 +71,17 @@ class Split:
                 self._sources += open_sources([file], self.name != "predict", reading.media_root, reading.cache_dir)
             except DataError as error:
                 errors.append(error)
-        self._plans.clear()
+        self._forget_plans()
         return errors
 
     def close(self) -> None:
         """Forgets what is open: the next `open` opens all of it, or refuses."""
         self._sources = None
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
         self._plans.clear()
+        self._told.clear()
 
     @property
     def sources(self) -> list[RowSource]:
@@ -114,21 +119,21 @@ class Split:
         )
 
     def plan(
-        self, options: BatchOptions, reading: ReadOptions, show_progress: bool, tell: Callable[[str], None]
+        self, options: BatchOptions, reading: ReadOptions, show_progress: bool, tell: Callable[[str], None] | None
     ) -> DataPlan:
-        """The plan for some options; made once, its reports told then.
+        """The plan for some options, made once; each of its reports is told once.
 
         Args:
             options: How samples are batched.
             reading: How they are read.
             show_progress: Show a progress bar while measuring.
-            tell: Takes what the user should know.
+            tell: Takes what the user should know; ``None`` where the caller shows it.
 
         Raises:
             DataError: See `plan_data`.
         """
         if options not in self._plans:
-            plan = plan_data(
+            self._plans[options] = plan_data(
                 self.dataset(options, reading, self._processor()),
                 options,
                 reading.num_workers,
@@ -137,12 +142,12 @@ class Split:
                 reading.bad_samples,
                 f"data.{self.name}",
             )
-            told = {message for other in self._plans.values() for message in other.messages}
-            for message in plan.messages:
-                if message not in told:
-                    tell(f"{self.name}: {message}")
-            self._plans[options] = plan
-        return self._plans[options]
+        plan = self._plans[options]
+        for message in plan.messages:
+            if tell is not None and message not in self._told:
+                self._told.add(message)
+                tell(f"{self.name}: {message}")
+        return plan
 
 
 def check_ranks_agree(fingerprint: str, num_bad: int, world_size: int, rank: int) -> None:

@@ -114,6 +114,8 @@ def embed_with_media(
             shape = input_ids.shape
             input_ids = input_ids.flatten()[order].view(shape)
             labels = None if labels is None else labels.flatten()[order].view(shape)
+            if inputs_embeds is not None:
+                inputs_embeds = inputs_embeds.flatten(0, 1)[order].view_as(inputs_embeds)
             masks = {kind: mask.flatten()[order].view(shape) for kind, mask in masks.items()}
     elif found:
         raise FusionError(

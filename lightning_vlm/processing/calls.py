@@ -55,11 +55,12 @@ def call_processor(
         processor = _with_image_options(processor, image_options)
     tokens = processor.media_tokens
     for kind, given, name in (("videos", videos, "video"), ("audio", audio, "sound")):
-        if given is not None and getattr(processor, name) is None:
+        if not _is_nothing(given) and getattr(processor, name) is None:
             raise ValueError(f"{kind} were given to a processor without settings for them; make it with {name}={{...}}")
-    flat: dict[str, tuple[str, Any, list[Any]]] = {
+    flat: dict[str, tuple[str | None, Any, list[Any]]] = {
         "image": (tokens.image, images, _flat_images(images)),
-        "video": (tokens.video, videos, _flat_videos(videos, processor.video_geometry, fps)),
+        # a word like others for a processor that knows no videos
+        "video": (processor.video and tokens.video, videos, _flat_videos(videos, processor.video_geometry, fps)),
         "sound": (tokens.sound, audio, _flat_sounds(audio, processor.sound_geometry)),
     }
     owned = [
@@ -132,9 +133,11 @@ def _tokenize(processor: Any, pieces: Sequence[Any], options: dict[str, Any], to
     return encoded
 
 
-def _per_text(texts: list[str], token: str, flat: list[Any], lengths: list[int] | None, kind: str) -> list[list[Any]]:
+def _per_text(
+    texts: list[str], token: str | None, flat: list[Any], lengths: list[int] | None, kind: str
+) -> list[list[Any]]:
     """The media of each text: as many as it has placeholders."""
-    found = [text.count(token) for text in texts]
+    found = [text.count(token) if token else 0 for text in texts]
     for wanted, given in zip(found, lengths) if lengths is not None else [(sum(found), len(flat))]:
         if wanted != given:
             raise ValueError(f"text has {wanted} {token} placeholder(s) for {given} {kind}(s)")
@@ -146,13 +149,12 @@ def _lengths(media: Any, num_texts: int) -> list[int] | None:
     """How many media each text was given, if they came as one list per text."""
     if not isinstance(media, list | tuple) or len(media) != num_texts:
         return None
-    nested = all(isinstance(own, list | tuple) and not _is_one_medium(own) for own in media)
+    nested = all(isinstance(own, list | tuple) and not _is_sound(own) and not _is_video(own) for own in media)
     return [len(own) for own in media] if nested else None
 
 
-def _is_one_medium(value: Any) -> bool:
-    """Whether a pair is a sound: samples and their rate."""
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int)
+def _is_nothing(media: Any) -> bool:
+    return media is None or (isinstance(media, list | tuple) and all(map(_is_nothing, media)))
 
 
 def _flat_images(images: Any) -> list[Image.Image]:
@@ -189,7 +191,8 @@ def _is_video(value: Any) -> bool:
 
 
 def _is_sound(value: Any) -> bool:
-    return _is_one_medium(value) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 1)
+    pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | np.integer)
+    return pair or (isinstance(value, np.ndarray | Tensor) and value.ndim == 1)
 
 
 def _flatten(media: Any, is_medium: Any) -> list[Any]:

@@ -77,15 +77,14 @@ class PieceExpander:
 
     def __init__(self, tokenizer: Any, tokens: MediaTokens) -> None:
         self.tokenizer, self.tokens = tokenizer, tokens
-        self._placeholders = re.compile(
-            "(" + "|".join(map(re.escape, (tokens.image, tokens.video, tokens.sound))) + ")"
-        )
+        self._placeholders = _any_of(tokens.image, tokens.video, tokens.sound)
+        self._without_videos = _any_of(tokens.image, tokens.sound)
 
     def expand(
         self,
         spans: Iterable[Span],
         image_counts: Iterable[int],
-        videos: Iterable[VideoLayout],
+        videos: Sequence[VideoLayout],
         sounds: Iterable[SoundLayout] | Iterable[int],
     ) -> list[Piece]:
         """Writes each medium out in the place of its placeholder.
@@ -93,17 +92,23 @@ class PieceExpander:
         Args:
             spans: Rendered text.
             image_counts: Tokens of each image.
-            videos: Each video.
+            videos: Each video; without any, their placeholder is a word like others.
             sounds: Each sound, or its number of tokens.
         """
         images, films, noises = iter(image_counts), iter(videos), iter(sounds)
-        return [piece for span in spans for piece in self._expand(span, images, films, noises)]
+        found = self._placeholders if videos else self._without_videos
+        return [piece for span in spans for piece in self._expand(span, found, images, films, noises)]
 
     def _expand(
-        self, span: Span, images: Iterator[int], videos: Iterator[VideoLayout], sounds: Iterator[Any]
+        self,
+        span: Span,
+        placeholders: re.Pattern[str],
+        images: Iterator[int],
+        videos: Iterator[VideoLayout],
+        sounds: Iterator[Any],
     ) -> Iterator[Piece]:
         tokens, text = self.tokens, ""
-        for part in self._placeholders.split(span.text):
+        for part in placeholders.split(span.text):
             if part == tokens.image:
                 text += tokens.image_start + tokens.image * next(images) + tokens.image_end
             elif part == tokens.sound:
@@ -150,7 +155,7 @@ def tokenize_pieces(
     Returns:
         ``input_ids``, ``labels`` (-100 outside trained spans) and ``mm_token_type_ids``, all ``(L,)`` int64.
     """
-    ids, labels = [], []
+    ids, labels = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]  # a text may be empty
     for is_video, group in groupby(pieces, lambda piece: isinstance(piece, VideoPiece)):
         if not is_video:
             found = tokenize_spans(tokenizer, list(group))  # type: ignore[arg-type]
@@ -189,3 +194,7 @@ def piece_ids(tokenizer: Any, pieces: Sequence[Piece]) -> list[int]:
         else:
             ids += tokenize_text(tokenizer, "".join(piece.text for piece in group))  # type: ignore[union-attr]
     return ids
+
+
+def _any_of(*tokens: str) -> re.Pattern[str]:
+    return re.compile("(" + "|".join(map(re.escape, tokens)) + ")")

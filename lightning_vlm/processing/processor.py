@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Self
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
@@ -96,7 +96,8 @@ class NemotronVLProcessor(ProcessorMixin):
         image_processor = NemotronVLImageProcessor.from_pretrained(
             pretrained_model_name_or_path, **image_options, **kwargs
         )
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # With a config of its own it does not look at the model's, whose type it may not know yet: it would say so.
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=PretrainedConfig(), **kwargs)
         saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         own = {name: saved[name] for name in _OWN_OPTIONS if name in saved}
         return cls(image_processor=image_processor, tokenizer=tokenizer, **{**own, **given})

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -27,6 +28,25 @@ _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 def is_url(path: str) -> bool:
     """Whether a path names a file system of its own, e.g. ``s3://``."""
     return _SCHEME.match(path) is not None
+
+
+def local_path(path: str) -> str:
+    """The path that a ``file://`` address names; anything else as it is.
+
+    Raises:
+        DataError: If the address names another machine.
+    """
+    if not path.lower().startswith("file://"):
+        return path
+    host, slash, name = path[len("file://") :].partition("/")
+    if host.lower() not in ("", "localhost") or not slash:
+        raise DataError(
+            path,
+            f"the address names the host {host!r}, expected file:///absolute/path",
+            "write the path itself",
+            "missing file",
+        )
+    return "/" + unquote(name)
 
 
 def name_and_folder(path: str) -> tuple[str, str]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lightning_vlm.schema import DataError
-from lightning_vlm.sources.files import is_url
+from lightning_vlm.sources.files import is_url, local_path
 from lightning_vlm.sources.formats import RowFormat
 from lightning_vlm.sources.json_files import JsonSource
 from lightning_vlm.sources.rows import FirstRows, RowSource
@@ -26,14 +27,15 @@ class DataSource:
 
     Attributes:
         path: JSONL file, ``.json`` array, ``.parquet`` file, ``.tar`` shard, or folder of
-            ``datasets.Dataset.save_to_disk``; local, or an fsspec URL such as ``s3://bucket/train.jsonl``.
+            ``datasets.Dataset.save_to_disk``; local, or an fsspec URL such as ``s3://bucket/train.jsonl``
+            (``file:///path`` is the path).
         format: How rows are written: ``auto`` (by their key), ``messages``, ``conversations`` or ``columns``.
         columns: For plain columns, what stands where: ``{question: query, answer: label, image: photo}``.
         prompt: For plain columns without a question, what is asked in every row.
         media_root: Folder that its media start from and may not leave; by default the data module's, or the file's own.
         weight: How often an epoch takes each row, on average: 2 takes each twice, 0.5 one half in turn.
         split: Which split of a folder that holds several.
-        name: What its scores and counts are called; by default the file's stem.
+        name: What its scores and counts are called; by default the file's stem, and the split's name after it.
         max_samples: Take the first so many rows only.
 
     Raises:
@@ -77,7 +79,8 @@ def open_sources(
 
     Args:
         sources: Paths, `DataSource` objects (or mappings of their settings), or opened sources.
-        needs_answer: Whether each row must hold an assistant turn.
+        needs_answer: Whether each row must hold an assistant turn; it goes for opened sources too, which are copied
+            where they are read otherwise.
         media_root: Where media names start, for sources that do not say.
         cache_dir: Where indexes are kept.
 
@@ -106,21 +109,41 @@ def group_names(sources: Sequence[SourceLike]) -> dict[str, str]:
         sources: As for `open_sources`; nothing is opened.
     """
     settings = [source if isinstance(source, RowSource) else _settings(source) for source in sources]
-    stems = [source.name or Path(source.path).stem for source in settings]
+    stems = [source.name if isinstance(source, RowSource) else _name(source) for source in settings]
     return {
-        source.path: stem if stems.count(stem) == 1 else f"{Path(source.path).parent.name}_{stem}"
+        _place(source): stem if stems.count(stem) == 1 else f"{Path(source.path).parent.name}_{stem}"
         for source, stem in zip(settings, stems)
     }
+
+
+def _name(settings: DataSource) -> str:
+    """The name that was given, or the file's stem, with the split of a folder that holds several."""
+    stem = Path(settings.path).stem
+    return settings.name or (stem if settings.split is None else f"{stem}_{settings.split}")
+
+
+def _place(source: DataSource | RowSource) -> str:
+    """The path that places of rows begin with, see `TableSource`."""
+    split = None if isinstance(source, RowSource) else source.split
+    return source.path if split is None else os.path.join(source.path, split)
 
 
 def _open(
     given: SourceLike, needs_answer: bool, media_root: str | Path | None, cache_dir: str | Path | None
 ) -> RowSource:
     if isinstance(given, RowSource):
-        return given
+        return _as_read(given, needs_answer, media_root)
     settings = _settings(given)
     layout = settings.layout(needs_answer)
     kind = _kind(settings.path)
+    if settings.split is not None and not os.path.isfile(os.path.join(settings.path, "dataset_dict.json")):
+        raise DataError(
+            settings.path,
+            f"the split {settings.split!r} was named, expected none: the {'table' if kind == 'table' else 'file'} "
+            "holds no splits",
+            "remove split from the data config",
+            "missing split",
+        )
     source: RowSource
     if kind == "table":
         source = TableSource(settings.path, layout, settings.split, cache_dir)
@@ -130,23 +153,35 @@ def _open(
         source = JsonSource(settings.path, layout, cache_dir)
     if settings.max_samples is not None:
         source = FirstRows(source, settings.max_samples)
-    source.name = settings.name or source.name
-    source.media_root = str(settings.media_root or media_root or source.media_root)
-    source.weight = settings.weight
+    source.name, source.weight = _name(settings), settings.weight
+    source.media_root = local_path(str(settings.media_root or media_root or source.media_root))
+    return source
+
+
+def _as_read(given: RowSource, needs_answer: bool, media_root: str | Path | None) -> RowSource:
+    """A source that the user has opened, as a split reads it; the user's own object stays what it is."""
+    layout, root = replace(given.layout, needs_answer=needs_answer), given.media_root
+    if not given.has_own_root and media_root is not None:
+        root = local_path(str(media_root))
+    if (layout, root) == (given.layout, given.media_root):
+        return given
+    source = copy.copy(given)
+    source.layout, source.media_root = layout, root
     return source
 
 
 def _settings(given: SourceLike) -> DataSource:
     if isinstance(given, DataSource):
-        return given
+        path = local_path(str(given.path))
+        return replace(given, path=path if is_url(path) else path.rstrip("/") or path)
     if isinstance(given, Mapping):
         known = [item.name for item in fields(DataSource)]
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"a source has the unknown setting {unknown[0]!r}; expected {', '.join(known)}")
         if "path" not in given:
             raise ValueError(f"a source has the settings {sorted(given)} and no path; expected path: ...")
-        return DataSource(**given)
-    return DataSource(str(given))
+        return _settings(DataSource(**given))
+    return _settings(DataSource(str(given)))
 
 
 def _kind(path: str) -> str:

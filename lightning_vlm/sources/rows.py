@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 from lightning_vlm.schema import Conversation, DataError
+from lightning_vlm.sources.content import fingerprint
 from lightning_vlm.sources.formats import RowFormat, parse_row
 
 
@@ -18,7 +18,8 @@ class RowSource(ABC):
         path: What it was opened from.
         name: What scores and counts are grouped by.
         media_root: Where relative media names start.
-        layout: How rows are read.
+        has_own_root: Whether that was chosen for this source; if not, the data module's ``media_root`` goes before it.
+        layout: How rows are read; whether they need an answer is for the split to say that they are opened for.
         fingerprint: Changes with the rows.
         weight: How often an epoch takes each row, on average.
     """
@@ -26,6 +27,7 @@ class RowSource(ABC):
     path: str
     name: str
     media_root: str
+    has_own_root: bool = True
     layout: RowFormat
     fingerprint: str
     weight: float = 1.0
@@ -65,29 +67,29 @@ class RowSource(ABC):
 class ListSource(RowSource):
     """Rows that are already in memory: of a notebook, of a test.
 
+    All of them are read once for the fingerprint, images that are opened and not decoded yet included (see `content`).
+    It covers what stands in the rows: of a file that a row names, the name alone.
+
     Args:
         rows: Objects as of any format; media may be PIL images, bytes or arrays.
         layout: How rows are read.
         name: What scores are grouped by, and errors name.
-        media_root: Where relative media names start.
+        media_root: Where relative media names start; by default the data module's ``media_root``, or the working
+            directory.
 
     Raises:
-        DataError: If there are no rows.
+        DataError: If there are no rows, or one holds an object whose content cannot be compared.
     """
 
     def __init__(
-        self, rows: Sequence[Any], layout: RowFormat | None = None, name: str = "rows", media_root: str = "."
+        self, rows: Sequence[Any], layout: RowFormat | None = None, name: str = "rows", media_root: str | None = None
     ) -> None:
         if not len(rows):
             raise DataError(name, "the list has no rows", "add rows", "no rows")
-        self.rows, self.layout, self.path, self.name, self.media_root = (
-            rows,
-            layout or RowFormat(),
-            name,
-            name,
-            media_root,
-        )
-        self.fingerprint = _fingerprint(rows)
+        self.rows, self.layout, self.path, self.name = rows, layout or RowFormat(), name, name
+        self.media_root = "." if media_root is None else media_root
+        self.has_own_root = media_root is not None
+        self.fingerprint = fingerprint(rows, name)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -117,6 +119,7 @@ class FirstRows(RowSource):
             raise ValueError(f"max_samples of {source.path} is {count}, expected at least 1")
         self.source, self.count = source, min(count, len(source))
         self.path, self.name, self.media_root = source.path, source.name, source.media_root
+        self.has_own_root = source.has_own_root
         self.layout, self.fingerprint = source.layout, f"{source.fingerprint}:{self.count}"
 
     def __len__(self) -> int:
@@ -133,31 +136,3 @@ class FirstRows(RowSource):
     def has_changed(self) -> bool:
         """See `RowSource`."""
         return self.source.has_changed()
-
-
-def _fingerprint(rows: Sequence[Any]) -> str:
-    """Of the rows' content; of a PIL image or another object, of its pixels or bytes where it has any."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, dict):
-            for key in sorted(value, key=str):
-                add(key)
-                add(value[key])
-        elif isinstance(value, (list, tuple)):
-            digest.update(f"[{len(value)}".encode())
-            for item in value:
-                add(item)
-        elif isinstance(value, bytes):
-            digest.update(value)
-        elif hasattr(value, "tobytes"):
-            digest.update(
-                repr((type(value).__name__, getattr(value, "size", None), getattr(value, "mode", None))).encode()
-            )
-            digest.update(value.tobytes())
-        else:
-            digest.update(repr(value).encode(errors="backslashreplace"))
-
-    for row in rows:
-        add(row)
-    return digest.hexdigest()[:16]

@@ -86,13 +86,18 @@ def reference(given: Any, kind: MediaKind) -> Any:
             return f"data:audio/{given.get('format', 'wav')};base64,{given['data']}"
         if kind is AUDIO and given.get("array") is not None and "sampling_rate" in given:
             return given["array"], given["sampling_rate"]
-        given = next((given[key] for key in ("bytes", "url", "path") if given.get(key) is not None), None)
+        given = next((given[key] for key in ("bytes", "url", "path") if not _is_blank(given.get(key))), None)
     if isinstance(given, (list, tuple)) and kind is VIDEO:  # frames
         frames = tuple(reference(frame, IMAGE) for frame in given)
         return frames if frames and all(frame is not None for frame in frames) else None
     if isinstance(given, (list, tuple, int, float, bool)) or given is None:
         return None
-    return given if not isinstance(given, (str, bytes)) or given else None
+    return None if _is_blank(given) else given
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether an entry says nothing: cells of images that were not embedded have empty bytes, or none, and a path."""
+    return value is None or (isinstance(value, (str, bytes)) and not value)
 
 
 def listed_media(row: dict[str, Any], kind: MediaKind, source: str) -> list[MediaRef]:

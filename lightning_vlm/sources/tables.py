@@ -23,7 +23,7 @@ class TableSource(RowSource):
     Args:
         path: The file or folder; an fsspec URL for Parquet too.
         layout: How rows are read.
-        split: Which split of a folder that holds several.
+        split: Which split of a folder that holds several: it lies in the folder of its name, where places begin.
         cache_dir: Where a Parquet file's memory-mapped copy is kept.
 
     Raises:
@@ -100,14 +100,15 @@ class TableSource(RowSource):
             if bar:
                 datasets.enable_progress_bars()
         if isinstance(found, datasets.DatasetDict):
-            if split not in found:
+            if split is None or split not in found:
                 raise DataError(
                     self.path,
                     f"the folder holds the splits {', '.join(found)}, expected one to be named (found {split!r})",
                     "set split in the data config",
                     "missing split",
                 )
-            found = found[split]
+            found, self.path, self.name = found[split], os.path.join(self.path, split), f"{self.name}_{split}"
+            self._stamp = self._files_stamp()
         return found.with_format("arrow")  # media as they are stored, however deep they stand in lists
 
 

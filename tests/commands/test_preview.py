@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -78,3 +79,24 @@ def test_a_terminal_that_lacks_a_character_gets_its_number(
     assert print_preview(train)
     sys.stdout.flush()
     assert rb"[[\u3053<|im_end|>]]" in written.getvalue()
+
+
+def test_bad_rows_are_told_once(
+    data: VLMDataModule,
+    write_rows: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By the preview itself; a fit with the same data, which shows none, tells them in its log."""
+    caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
+    good = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    file = write_rows([good, {"messages": []}, good], "bad.jsonl")
+    own = VLMDataModule(train=str(file), processor=data.processor, max_bad_fraction=0.5)
+    assert print_preview(own)
+    printed = capsys.readouterr()
+    sentence = "1 of 3 samples (33.3 %) cannot be used and will not be trained on"
+    assert (printed.out + printed.err + caplog.text).count(sentence) == 1
+    assert sentence in printed.out
+    own.setup("fit")
+    own.setup("fit")
+    assert caplog.text.count(sentence) == 1

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models
@@ -207,6 +207,7 @@ def test_pieces_of_whole_characters_are_the_texts(spans: list[tuple[str, bool]])
 def test_no_piece_holds_a_part_of_a_character(text: str, trained: list[bool]) -> None:
     """Any labels, also such as no template makes: a character is trained if a byte of it is."""
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    assume(len(ids) == len(text.encode()))  # a token of its own, such as </img>, is not cut at all
     keys = [(flag, 0) for flag in trained[: len(ids)]]
     pieces, num_cut = cut_pieces(TOKENIZER, ids, keys)
     assert "".join(piece for piece, _ in pieces) == text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
 import io
 import json
 import os
@@ -14,13 +16,15 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lightning_vlm import NemotronVLProcessor, VLMDataModule
-from lightning_vlm.schema import AudioRef, DataError, FileSlice, ImageRef, Text, VideoRef
+from lightning_vlm.schema import AudioRef, DataError, FileSlice, ImageRef, Text, VideoRef, file_of
 from lightning_vlm.sources.formats import RowFormat, parse_row
 from lightning_vlm.sources.open import DataSource, group_names, open_sources
-from lightning_vlm.sources.rows import ListSource
+from lightning_vlm.sources.rows import FirstRows, ListSource
+from lightning_vlm.sources.tables import TableSource
 
 BOT = {"role": "assistant", "content": "ho"}
 COLUMNS = {"question": "q", "answer": "a", "image": "photo"}
@@ -97,9 +101,50 @@ class TestTables:
         datasets.DatasetDict({"train": table, "test": table.select(range(2))}).save_to_disk(tmp_path / "hf")
         with pytest.raises(DataError, match=r"the folder holds the splits train, test, expected one to be named"):
             open_sources([tmp_path / "hf"], cache_dir=tmp_path)
-        (source,) = open_sources([{"path": str(tmp_path / "hf"), "split": "test", "columns": COLUMNS}],
-                                 cache_dir=tmp_path)  # fmt: skip
-        assert len(source) == 2
+        given = [{"path": str(tmp_path / "hf"), "split": split, "columns": COLUMNS} for split in ("train", "test")]
+        sources = open_sources(given, cache_dir=tmp_path)
+        assert [len(source) for source in sources] == [5, 2]
+        # Places and scores tell them apart, and a place is a path that is there.
+        assert [source.place(1) for source in sources] == [f"{tmp_path}/hf/train:2", f"{tmp_path}/hf/test:2"]
+        assert group_names(given) == {f"{tmp_path}/hf/train": "hf_train", f"{tmp_path}/hf/test": "hf_test"}
+        assert [source.name for source in sources] == ["hf_train", "hf_test"]
+        assert [source.path for source in sources] == list(group_names(given))
+        assert group_names([TableSource(tmp_path / "hf", split=split) for split in ("train", "test")]) == group_names(
+            given
+        )
+        assert Path(file_of(sources[1].place(0))).is_dir()
+        assert not any(source.has_changed() for source in sources)
+
+    def test_of_several_splits_may_be_named_by_their_folders(self, table: Any, tmp_path: Path) -> None:
+        datasets.DatasetDict({"train": table, "test": table.select(range(2))}).save_to_disk(tmp_path / "hf")
+        given = [{"path": f"{tmp_path}/hf/{name}/", "columns": COLUMNS} for name in ("train", "test")]
+        sources = open_sources(given, cache_dir=tmp_path)
+        assert [source.place(0) for source in sources] == [f"{tmp_path}/hf/train:1", f"{tmp_path}/hf/test:1"]
+        assert group_names(given) == {f"{tmp_path}/hf/train": "train", f"{tmp_path}/hf/test": "test"}
+
+    @pytest.mark.parametrize("name", ["rows.parquet", "rows", "rows.jsonl"])
+    def test_without_splits_none_may_be_named(self, table: Any, tmp_path: Path, name: str) -> None:
+        """It would be ignored: train and test would be the same rows."""
+        path = tmp_path / name
+        {"rows.parquet": table.to_parquet, "rows": table.save_to_disk}.get(name, lambda path: path.write_text("{}"))(
+            path
+        )
+        with pytest.raises(DataError, match=r"the split 'test' was named, expected none: .* holds no splits") as caught:
+            open_sources([{"path": str(path), "split": "test", "columns": COLUMNS}], cache_dir=tmp_path)
+        assert str(caught.value).startswith(f"{path}: ")
+
+    def test_with_cells_of_a_path_and_no_bytes_read_the_path(
+        self, table: Any, tmp_path: Path, processor: NemotronVLProcessor
+    ) -> None:
+        """As `datasets` writes them without embedding, and as some exports do: no bytes, or empty ones."""
+        (tmp_path / "x.png").write_bytes(png(7))
+        rows = [{"q": "what?", "a": "no", "photo": {"bytes": content, "path": "x.png"}} for content in (None, b"")]
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "hf")
+        source = {"path": str(tmp_path / "hf"), "columns": COLUMNS, "media_root": str(tmp_path)}
+        data = VLMDataModule(train=[source], processor=processor, batch_size=2, strict=True)
+        data.setup("fit")
+        (batch,) = data.train_dataloader()
+        assert batch.num_images.tolist() == [1, 1]
 
     def test_that_are_damaged_or_empty_say_so(self, table: Any, tmp_path: Path) -> None:
         (tmp_path / "rows.parquet").write_bytes(b"PAR1 no")
@@ -291,6 +336,142 @@ class TestLists:
 
         assert source(1).fingerprint == source(1).fingerprint != source(2).fingerprint
 
+    def test_rows_to_answer_need_no_answer_and_the_users_source_stays_as_it_is(
+        self, processor: NemotronVLProcessor
+    ) -> None:
+        asked = ListSource([{"messages": [{"role": "user", "content": "what?"}]}])
+        data = VLMDataModule(predict=asked, processor=processor)
+        data.setup("predict")
+        (batch,) = data.predict_dataloader()
+        assert batch.sources == ["rows:1"]
+        assert batch.prompts[0].endswith("<|im_start|>assistant\n")
+        assert asked.layout.needs_answer
+        with pytest.raises(DataError, match=r"rows:1: the 1 turn\(s\) hold no assistant turn"):
+            VLMDataModule(train=asked, processor=processor).setup("fit")
+
+    def test_media_start_where_the_data_module_says_unless_the_source_does(
+        self, processor: NemotronVLProcessor, write_image: Callable[..., str], tmp_path: Path
+    ) -> None:
+        write_image("pictures/a.png", 32, 16)
+        write_image("others/a.png", 48, 16)
+        rows = [{"image": "a.png", "messages": [{"role": "user", "content": "<image>"}, BOT]}]
+        pictures, others = str(tmp_path / "pictures"), str(tmp_path / "others")
+        for source, width in ((ListSource(rows), 32), (ListSource(rows, media_root=others), 48)):
+            before = source.media_root
+            data = VLMDataModule(train=source, processor=processor, media_root=pictures, strict=True)
+            data.setup("fit")
+            (batch,) = data.train_dataloader()
+            assert batch.image_grid_hw[0, 1] * 8 == width
+            assert source.media_root == before
+
+    def test_max_samples_of_other_sources_are_read_alike(self, processor: NemotronVLProcessor) -> None:
+        rows = [{"messages": [{"role": "user", "content": f"what {index}?"}]} for index in range(3)]
+        data = VLMDataModule(predict=FirstRows(ListSource(rows), 2), processor=processor)
+        data.setup("predict")
+        assert [batch.sources for batch in data.predict_dataloader()] == [["rows:1", "rows:2"]]
+
+
+class TestFingerprints:
+    """Of rows in memory: equal for equal content in any process, different for any other."""
+
+    @staticmethod
+    def of(value: Any) -> str:
+        return ListSource([{"image": value, "text": "a"}]).fingerprint
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            (torch.arange(3000), torch.arange(3000).index_fill(0, torch.tensor([1500]), 0)),  # repr shows the ends only
+            (torch.zeros(2, 3), torch.zeros(3, 2)),
+            (torch.zeros(2), torch.zeros(2, dtype=torch.float64)),
+            (torch.zeros(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16)),
+            (np.arange(3000), np.arange(3000) // 2),
+            (np.zeros((2, 3), np.uint8), np.zeros((3, 2), np.uint8)),
+            (np.zeros(4, np.uint8), np.zeros(1, np.int32)),
+            (np.array(["a", None], object), np.array(["b", None], object)),
+            ([b"ab", b"c"], [b"a", b"bc"]),
+            ([["a"], "b"], [["a", "b"]]),
+            ({"a": {"b": 1}, "c": 2}, {"a": {"b": 1, "c": 2}}),
+            ("1", 1),
+            (1, True),
+            (datetime.date(2020, 1, 2), datetime.date(2020, 1, 3)),
+            (FileSlice("a.tar", 0, 9, "x.png"), FileSlice("a.tar", 0, 8, "x.png")),
+            (Path("a.png"), Path("b.png")),
+        ],
+        ids=str,
+    )
+    def test_follow_content(self, one: Any, other: Any) -> None:
+        assert self.of(one) == self.of(copy.deepcopy(one)) != self.of(other)
+
+    def test_of_an_image_follow_what_it_shows(self) -> None:
+        grey = Image.new("P", (4, 4))
+        grey.putpalette([value for value in range(256) for _ in range(3)])
+        red = grey.copy()
+        red.putpalette([255, 0, 0] * 256)
+        assert self.of(grey) == self.of(grey.copy()) != self.of(red)
+
+    def test_of_an_opened_image_are_those_of_its_pixels_and_it_stays_as_it_is(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(png(1, (300, 300)))
+        (tmp_path / "b.png").write_bytes(png(2, (300, 300)))
+        lazy, loaded, other = (Image.open(tmp_path / name) for name in ("a.png", "a.png", "b.png"))
+        loaded.load()
+        tile = list(lazy.tile)
+        assert self.of(lazy) == self.of(loaded) == self.of(Image.open(io.BytesIO(png(1, (300, 300))))) != self.of(other)
+        assert lazy.tile == tile, "not decoded in place: pixels of all rows would stay in memory"
+        assert lazy.tobytes() == loaded.tobytes(), "and can be read yet"
+
+    def test_of_a_damaged_image_are_those_of_its_bytes(self, processor: NemotronVLProcessor) -> None:
+        """It is a bad sample like any other, not the end of the list."""
+        content = png(1, (300, 300))
+        cut = [Image.open(io.BytesIO(content[: len(content) // part])) for part in (2, 2, 3)]
+        assert self.of(cut[0]) == self.of(cut[1]) != self.of(cut[2])
+        with Image.open(io.BytesIO(content)) as closed:
+            pass
+        assert self.of(closed) not in {self.of(image) for image in cut}
+        rows = [{"image": cut[0], "messages": [{"role": "user", "content": "<image>"}, BOT]}]
+        data = VLMDataModule(train=ListSource(rows), processor=processor, strict=True)
+        data.setup("fit")
+        with pytest.raises(DataError, match=r"rows:1: .*cannot be decoded"):
+            next(iter(data.train_dataloader()))
+
+    @pytest.mark.parametrize("value", [object(), iter(()), lambda: None], ids=["object", "iterator", "function"])
+    def test_of_what_has_no_content_to_compare_are_refused(self, value: Any) -> None:
+        with pytest.raises(DataError) as caught:
+            ListSource([{"text": "a"}, {"text": "a", "image": [value]}], name="mine")
+        message = str(caught.value)
+        assert message.startswith(f"mine:2: the row holds an object of the type {type(value).__name__}, whose content ")
+        assert "expected text, numbers, bytes, arrays, tensors or PIL images" in message
+
+
+class TestFileAddresses:
+    def test_work_like_the_paths_they_name(
+        self, write_rows: Callable[..., Path], write_image: Callable[..., str], processor: NemotronVLProcessor
+    ) -> None:
+        row = {"image": write_image("my data/a.png").partition("/")[2], "messages": LLAVA_LIKE}
+        path = write_rows([row], "my data/rows.jsonl")
+        address = path.as_uri()
+        assert "%20" in address
+        (plain,) = open_sources([path])
+        for given in (address, f"file://localhost{path}".replace(" ", "%20"), {"path": address}):
+            (source,) = open_sources([given])
+            assert (source.path, source.media_root, source.name) == (plain.path, plain.media_root, plain.name)
+            assert source.fingerprint == plain.fingerprint
+            assert group_names([given]) == {str(path): "rows"}
+        (rooted,) = open_sources([address], media_root=path.parent.as_uri())
+        assert rooted.media_root == str(path.parent)
+        data = VLMDataModule(train=address, processor=processor, strict=True)
+        data.setup("fit")
+        assert next(iter(data.train_dataloader())).num_images.tolist() == [1]
+
+    @pytest.mark.parametrize("address", ["file://rows.jsonl", "file://data/rows.jsonl"])
+    def test_of_another_host_or_without_a_root_are_refused(self, address: str) -> None:
+        with pytest.raises(DataError, match=r"names the host '\w+(\.\w+)?', expected file:///absolute/path") as caught:
+            VLMDataModule(train=address)
+        assert str(caught.value).startswith(f"{address}: ")
+
+
+LLAVA_LIKE = [{"role": "user", "content": "<image>hi"}, BOT]
+
 
 class TestFormats:
     def test_the_only_image_without_a_slot_goes_first_and_is_noted(self) -> None:
@@ -321,13 +502,16 @@ class TestFormats:
             {"type": "input_audio", "input_audio": {"data": "QUJD", "format": "mp3"}},
             {"type": "video_url", "video_url": {"url": "v.mp4"}},
             {"type": "image", "image": {"bytes": b"PNG", "path": "x.png"}},
+            {"type": "image", "image": {"bytes": "", "path": "x.png"}},
+            {"type": "image", "image": {"bytes": b"", "path": "x.png"}},
+            {"type": "image", "image": {"bytes": None, "path": "x.png"}},
             {"type": "audio", "audio": {"array": [0.0], "sampling_rate": 8000}},
             "plain",
         ]
         row = {"messages": [{"role": "user", "content": content}, BOT]}
         assert parse_row(row, "f:1").turns[0].parts == (
-            AudioRef("data:audio/mp3;base64,QUJD"), VideoRef("v.mp4"), ImageRef(b"PNG"), AudioRef(([0.0], 8000)),
-            Text("plain"),
+            AudioRef("data:audio/mp3;base64,QUJD"), VideoRef("v.mp4"), ImageRef(b"PNG"), *[ImageRef("x.png")] * 3,
+            AudioRef(([0.0], 8000)), Text("plain"),
         )  # fmt: skip
 
     def test_a_system_text_beside_the_turns_comes_first(self) -> None:

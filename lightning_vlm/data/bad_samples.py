@@ -1,28 +1,49 @@
 """BadSamples: names every sample that a run leaves out because it cannot be used, and stops a run with too many.
 
-Every `NemotronVLModule` brings one. Each bad sample is one line of ``bad_samples.jsonl`` in the run folder; the number
-of those among the training samples is logged as ``data/bad_samples``.
+`VLMDataModule` brings it to whatever Trainer it serves, so it watches any LightningModule. Each bad sample is one line
+of ``bad_samples.jsonl`` in the run folder; the number of those among the training samples is logged as
+``data/bad_samples``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_vlm.data.examples import ExampleBatch
-from lightning_vlm.datamodule import VLMDataModule
+from lightning_vlm.data.screening import BadSamplePolicy
 from lightning_vlm.schema import DataError, VLMBatch
 
 FILE_NAME = "bad_samples.jsonl"
 
 
+class Screened(Protocol):
+    """What the list asks of the datamodule whose bad samples it keeps."""
+
+    @property
+    def files(self) -> Mapping[str, Sequence[Any]]:
+        """The sources of each split."""
+
+    @property
+    def bad_samples(self) -> BadSamplePolicy:
+        """What bad samples may do to the run."""
+
+    def known_bad(self, split: str) -> dict[int, DataError]:
+        """Those that were found before they were needed."""
+
+    def num_samples(self, split: str) -> int:
+        """Samples of a split, bad ones included."""
+
+
 class BadSamples(L.Callback):
-    """Keeps the list; for other datamodules than `VLMDataModule` it does nothing.
+    """Keeps the list of the datamodule that it is attached to; in a run with another, or none, it does nothing.
 
     Attributes:
         found: Bad samples of each split that are known on this rank, by their number.
@@ -30,12 +51,31 @@ class BadSamples(L.Callback):
 
     def __init__(self) -> None:
         self.found: dict[str, dict[int, DataError]] = {}
+        self._datamodule: Screened | None = None
+        self._news: dict[str, dict[int, DataError]] = {}  # found on this rank since the ranks told each other
+        self._agreed: set[str] = set()  # splits of which all ranks are known to have the same list
         self._listed: set[tuple[str, str]] = set()
         self._stage: str | None = None
 
+    @classmethod
+    def attach(cls, trainer: L.Trainer, datamodule: Screened) -> None:
+        """Sees to it that a Trainer keeps the list of the datamodule it runs on, once: a callback it has serves on.
+
+        Args:
+            trainer: Whose run begins; its callbacks have not been set up yet.
+            datamodule: Its datamodule; nothing happens if it has come to another one since.
+        """
+        if trainer.datamodule is not datamodule:
+            return
+        kept = next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)
+        if kept is None:
+            kept = cls()
+            trainer.callbacks.insert(0, kept)  # before checkpoints, which run last
+        kept._datamodule = datamodule
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forgets the run before."""
-        self.found, self._stage = {}, stage
+        self.found, self._news, self._agreed, self._stage = {}, {}, set(), stage
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the list."""
@@ -62,8 +102,8 @@ class BadSamples(L.Callback):
 
         Once per run, and not in `setup`: which checkpoint a run goes on from is known only after it.
         """
-        datamodule, stage, self._stage = trainer.datamodule, self._stage, None
-        if stage is None or not isinstance(datamodule, VLMDataModule):
+        datamodule, stage, self._stage = self._watched(trainer), self._stage, None
+        if stage is None or datamodule is None:
             return
         path = self._path(trainer)
         if trainer.is_global_zero and stage == "fit" and trainer.ckpt_path is None and path.exists():
@@ -78,12 +118,15 @@ class BadSamples(L.Callback):
                 for record in records
                 if record["split"] == "train"
             }
+        if trainer.local_rank == 0 and path.exists() and not path.read_bytes().endswith(b"\n"):
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")  # a kill cut the last line off; later, it might be one that another rank is writing
         trainer.strategy.barrier("bad_samples")  # nor before everyone has read it
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
             self._enter(trainer, split, datamodule.known_bad(split), on_every_rank=True)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: VLMBatch, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Enters the bad samples of a batch.
 
@@ -101,7 +144,7 @@ class BadSamples(L.Callback):
         Raises:
             DataError: See `on_train_batch_end`.
         """
-        if isinstance(trainer.datamodule, VLMDataModule):
+        if self._watched(trainer) is not None:
             self._check(trainer, "train")
             pl_module.log("data/bad_samples", float(len(self.found.get("train", {}))), rank_zero_only=True)
 
@@ -110,7 +153,7 @@ class BadSamples(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: VLMBatch,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -122,7 +165,7 @@ class BadSamples(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: VLMBatch,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -134,7 +177,7 @@ class BadSamples(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: VLMBatch,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -142,16 +185,15 @@ class BadSamples(L.Callback):
         self._enter_batch(trainer, "predict", batch)
 
     def _enter_batch(self, trainer: L.Trainer, split: str, batch: Any) -> None:
-        if (
-            isinstance(batch, (VLMBatch, ExampleBatch))
-            and batch.skipped
-            and isinstance(trainer.datamodule, VLMDataModule)
-        ):
+        if isinstance(batch, (VLMBatch, ExampleBatch)) and batch.skipped and self._watched(trainer) is not None:
             self._enter(trainer, split, dict(batch.skipped))
 
     def _enter(self, trainer: L.Trainer, split: str, errors: dict[int, DataError], on_every_rank: bool = False) -> None:
         known = self.found.setdefault(split, {})
         new = {index: error for index, error in errors.items() if (split, error.source) not in self._listed}
+        if not on_every_rank:
+            news = {index: error for index, error in errors.items() if index not in known}
+            self._news.setdefault(split, {}).update(news)
         known |= errors
         self._listed |= {(split, error.source) for error in new.values()}
         if not new or (on_every_rank and not trainer.is_global_zero):
@@ -159,10 +201,8 @@ class BadSamples(L.Callback):
         path = self._path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not on_every_rank:
-            rank_zero_warn(f"{split}: a bad sample was left out: {next(iter(new.values()))} ({path} lists all)")
-        torn = path.exists() and not path.read_bytes().endswith(b"\n")
+            rank_zero_warn(f"{split}: a sample cannot be used: {next(iter(new.values()))} ({path} lists all)")
         with path.open("a", encoding="utf-8") as file:
-            file.write("\n" * torn)
             for index, error in new.items():
                 record = {
                     "split": split,
@@ -193,22 +233,52 @@ class BadSamples(L.Callback):
         self._check(trainer, "predict")
 
     def _check(self, trainer: L.Trainer, split: str) -> None:
-        datamodule = trainer.datamodule
-        if not isinstance(datamodule, VLMDataModule) or not datamodule.files[split]:
+        datamodule = self._watched(trainer)
+        if datamodule is None or not datamodule.files[split]:
             return
-        found = self.found.setdefault(split, {})
         if trainer.world_size > 1:
-            everyones: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(everyones, found)
-            for others in everyones:
-                found |= others
-            found = self.found[split] = dict(sorted(found.items()))  # the same sentence on every rank
-        self._listed |= {(split, error.source) for error in found.values()}
-        datamodule.bad_samples.check(found, datamodule.num_samples(split), f"data.{split}")
+            self._exchange(trainer.world_size, split)
+        datamodule.bad_samples.check(self.found.get(split, {}), datamodule.num_samples(split), f"data.{split}")
+
+    def _exchange(self, world_size: int, split: str) -> None:
+        """Tells the other ranks what was found here and hears what they found: the same list on all, in one order.
+
+        Only news travels. What all ranks should know alike, from the data and from the list of a resumed run, is
+        compared once by its hash; it travels only where nodes have files of their own that differ.
+        """
+        known, news = self.found.setdefault(split, {}), self._news.pop(split, {})
+        common = "" if split in self._agreed else _digest({i: error for i, error in known.items() if i not in news})
+        told = _gathered((common, news), world_size)
+        if len({digest for digest, _ in told}) > 1:
+            told = _gathered((common, known), world_size)
+        heard = [others for _, others in told if others]
+        for others in heard:
+            known |= others
+            self._listed |= {(split, error.source) for error in others.values()}
+        if heard or split not in self._agreed:
+            self.found[split] = dict(sorted(known.items()))  # the same sentence on every rank
+        self._agreed.add(split)
+
+    def _watched(self, trainer: L.Trainer) -> Screened | None:
+        """The datamodule, if the run that is under way is on its data."""
+        return self._datamodule if trainer.datamodule is self._datamodule else None
 
     @staticmethod
     def _path(trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir) / FILE_NAME
+
+
+def _gathered(own: tuple[str, dict[int, DataError]], world_size: int) -> list[tuple[str, dict[int, DataError]]]:
+    everyones: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(everyones, own)
+    return everyones
+
+
+def _digest(errors: Mapping[int, DataError]) -> str:
+    digest = hashlib.sha256()
+    for index, error in sorted(errors.items()):
+        digest.update(repr((index, error.args)).encode(errors="backslashreplace"))
+    return digest.hexdigest()
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -12,10 +12,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_vlm import NemotronVLConfig, NemotronVLModule, NemotronVLProcessor, VLMDataModule
-from lightning_vlm.callbacks.bad_samples import BadSamples
+from lightning_vlm.data.bad_samples import BadSamples
 from lightning_vlm.schema import DataError
 
 TINY = {"pattern": "M*", "hidden_size": 32, "vision_hidden_size": 32, "vision_layers": 1}
@@ -271,7 +272,130 @@ def test_a_list_whose_last_line_was_cut_off_is_gone_on_with(fit: Fit, write_set:
     assert fit.logged_last("b")["bad_samples"] == 4.0
 
 
+def test_a_list_that_another_rank_has_just_opened_gets_no_blank_line(fit: Fit, write_set: Callable[..., Path]) -> None:
+    class Opens(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            (fit.folder / "a" / "bad_samples.jsonl").touch()
+
+    fit(write_set("broken", {4: "text"}), "a", callbacks=[Opens()], max_epochs=1)
+    assert [record["index"] for record in fit.records("a")] == [4]
+
+
 def test_a_number_that_is_no_share_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_bad_fraction is 5; expected a share from 0 to 1"):
         VLMDataModule(max_bad_fraction=5)
     assert BadSamples().found == {}
+
+
+class Plain(L.LightningModule):
+    """A user's own module, which knows nothing of ours: it brings no callback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(300, 4), torch.nn.Linear(4, 300)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        logits = self.head(self.embed(batch.input_ids))
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.loss(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.loss(batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        self.loss(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class TestAnyModule:
+    """`VLMDataModule` brings the list to whatever Trainer it serves."""
+
+    def trainer(self, folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+        return L.Trainer(default_root_dir=folder, accelerator="cpu", max_epochs=1, callbacks=list(callbacks),
+                         enable_checkpointing=checkpoints, **quiet, **options)  # fmt: skip
+
+    def data(self, file: Path, processor: NemotronVLProcessor, *splits: str, **options: Any) -> VLMDataModule:
+        files = dict.fromkeys(splits, str(file))
+        return VLMDataModule(processor=processor, batch_size=8, **{"max_bad_fraction": 0.06, **options}, **files)
+
+    def records(self, folder: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
+
+    def lists(self, trainer: Any) -> list[BadSamples]:
+        return [callback for callback in trainer.callbacks if isinstance(callback, BadSamples)]
+
+    def test_a_fit_lists_counts_and_bounds(
+        self, processor: NemotronVLProcessor, write_set: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        file = write_set("broken", HOW)
+        trainer = self.trainer(tmp_path / "a", ModelCheckpoint(tmp_path / "a"))
+        trainer.fit(Plain(), datamodule=self.data(file, processor, "train"))
+        assert sorted(record["source"] for record in self.records(tmp_path / "a")) == sorted(
+            f"{file}:{index + 1}" for index in BROKEN
+        )
+        assert trainer.callback_metrics["data/bad_samples"] == 4
+        assert len(self.lists(trainer)) == 1
+        assert isinstance(trainer.callbacks[-1], ModelCheckpoint), "Lightning runs checkpoints last"
+        with pytest.raises(DataError, match=r"expected at most max_bad_fraction = 2 %"):
+            self.trainer(tmp_path / "b").fit(
+                Plain(), datamodule=self.data(file, processor, "train", max_bad_fraction=0.02)
+            )
+
+    @pytest.mark.parametrize("stage", ["val", "test", "predict"])
+    def test_so_does_evaluation(
+        self, processor: NemotronVLProcessor, write_set: Callable[..., Path], tmp_path: Path, stage: str
+    ) -> None:
+        file = write_set("broken", HOW)
+        run = {"val": "validate"}.get(stage, stage)
+        trainer = self.trainer(tmp_path / "a")
+        getattr(trainer, run)(Plain(), datamodule=self.data(file, processor, stage))
+        assert [record["split"] for record in self.records(tmp_path / "a")] == [stage] * 4
+        with pytest.raises(DataError, match=rf"data.{stage}: 4 of 80 samples \(5 %\) cannot be used"):
+            getattr(self.trainer(tmp_path / "b"), run)(
+                Plain(), datamodule=self.data(file, processor, stage, max_bad_fraction=0.04)
+            )
+
+    def test_a_trainer_has_one_whatever_it_runs_next(
+        self, processor: NemotronVLProcessor, write_set: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        """A fit, an evaluation, a fit on other data, and one on a datamodule of the user's own, one after the other."""
+        first, second = write_set("one", {4: "text"}), write_set("two", {7: "text", 9: "missing"})
+        trainer, module = self.trainer(tmp_path / "a"), Plain()
+        data, other = self.data(first, processor, "train", "val"), self.data(second, processor, "train")
+        trainer.fit(module, datamodule=data)
+        trainer.validate(module, datamodule=data, verbose=False)
+        (found,) = self.lists(trainer)
+        trainer.fit_loop.epoch_progress.reset()
+        trainer.fit(module, datamodule=other)
+        assert self.lists(trainer) == [found]
+        assert sorted(found.found["train"]) == [7, 9]
+        data.setup("validate")  # a look beside the runs: the Trainer is on other data by now
+        assert found._datamodule is other
+        users = L.LightningDataModule()
+        users.train_dataloader = data.val_dataloader  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_progress.reset()
+        trainer.fit(module, datamodule=users)
+        assert (self.lists(trainer), found.found) == ([found], {}), "it is there and keeps out of it"
+
+    def test_a_users_own_is_taken(
+        self, processor: NemotronVLProcessor, write_set: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        class Mine(BadSamples):
+            pass
+
+        mine = Mine()
+        trainer = self.trainer(tmp_path / "a", mine)
+        trainer.fit(Plain(), datamodule=self.data(write_set("broken", HOW), processor, "train"))
+        assert self.lists(trainer) == [mine]
+        assert sorted(mine.found["train"]) == sorted(BROKEN)
