@@ -49,6 +49,8 @@ class VLMDataModule(L.LightningDataModule):
         predict: Files whose last user turn is to be answered.
         processor: Folder or repository name of a processor, or a processor: a `NemotronVLProcessor` for our module, or
             one of transformers for another family's.
+        processor_options: Options in place of those saved with the processor, e.g. ``{max_num_patches: 4096}`` or
+            ``{video: {num_frames: 32, pruning_rate: 0.5}}``.
         media_root: Folder that media paths start from and may not leave; each file's own folder by default.
         batch_size: Samples per device and micro-batch; where a budget rules, the average number of samples that the
             default budget is made for.
@@ -93,6 +95,7 @@ class VLMDataModule(L.LightningDataModule):
         test: Files = None,
         predict: Files = None,
         processor: Any = None,
+        processor_options: dict[str, Any] | None = None,
         media_root: str | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
@@ -140,6 +143,7 @@ class VLMDataModule(L.LightningDataModule):
         self.template_kwargs = template_kwargs
         self.cache_dir = cache_dir
         self._processor = processor
+        self._processor_options = processor_options
         self.splits = {name: Split(name, files, lambda: self.processor) for name, files in self.files.items()}
         self._train_loader: ResumableLoader | None = None
         self._restored: dict[str, Any] | None = None
@@ -151,7 +155,8 @@ class VLMDataModule(L.LightningDataModule):
         Raises:
             DataError: If none was named, or it cannot be loaded.
         """
-        self._processor = open_processor(self._processor)
+        self._processor = open_processor(self._processor, self._processor_options)
+        self._processor_options = None  # they are in it
         return self._processor
 
     def prepare_data(self) -> None:

@@ -7,7 +7,7 @@ made. The error that every room of the data path raises, `DataError`, lives here
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
@@ -227,6 +227,41 @@ def count_label_tokens(labels: Tensor) -> int:
         The number of labels other than -100, without column 0, which nothing predicts.
     """
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+def join_media(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """The media of several samples, one after another, by the names of `MEDIA_FIELDS`.
+
+    Args:
+        samples: The samples.
+
+    Returns:
+        What there is; clips of sound are padded to the longest with zeros.
+    """
+    joined = {}
+    for name in MEDIA_FIELDS:
+        found = [value for sample in samples if (value := getattr(sample, name)) is not None]
+        if found:
+            joined[name] = torch.cat(_to_longest(found) if name.startswith("input_features") else found)
+    return joined
+
+
+def token_types(samples: Sequence[Sample]) -> list[Tensor] | None:
+    """Token types of each sample, where any has some: one without them has none but images, which need no telling.
+
+    Args:
+        samples: The samples.
+    """
+    found = [sample.mm_token_type_ids for sample in samples]
+    if all(types is None for types in found):
+        return None
+    return [torch.zeros_like(sample.input_ids) if types is None else types for sample, types in zip(samples, found)]
+
+
+def _to_longest(clips: list[Tensor]) -> list[Tensor]:
+    frames = max(clip.shape[1] for clip in clips)
+    after = (0, 0) * (clips[0].ndim - 2)
+    return [torch.nn.functional.pad(clip, (*after, 0, frames - clip.shape[1])) for clip in clips]
 
 
 @dataclass(slots=True, repr=False)

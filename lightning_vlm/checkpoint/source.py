@@ -42,11 +42,12 @@ def pretrained_source(name: str | os.PathLike[str], option: str) -> str:
     )
 
 
-def open_processor(processor: Any) -> Any:
+def open_processor(processor: Any, options: dict[str, Any] | None = None) -> Any:
     """The processor that a data module is given, loaded where only its name is.
 
     Args:
         processor: A processor, the folder or repository of one, or ``None``.
+        options: In place of what was saved with it.
 
     Raises:
         DataError: If there is none, or it cannot be loaded.
@@ -58,10 +59,20 @@ def open_processor(processor: Any) -> Any:
             "name one: processor='folder', or pass a NemotronVLProcessor",
         )
     if not isinstance(processor, (str, Path)):
+        if options:
+            raise DataError(
+                "data.processor_options",
+                f"options {', '.join(options)} were given beside a {type(processor).__name__} that is made already",
+                "make it with them, or give the name of its folder",
+            )
         return processor
     name = pretrained_source(str(processor), "data.processor (by default model.model_id)")
     try:
-        return load_processor(name)
+        return load_processor(name, options)
+    except TypeError as error:
+        raise DataError(
+            "data.processor_options", f"{sorted(options or {})} do not fit: {error}", "correct data.processor_options"
+        ) from error
     except (OSError, ValueError) as error:
         raise DataError(
             "data.processor",

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_vlm.schema import IGNORE_INDEX, MEDIA_FIELDS, Sample, VLMBatch, count_label_tokens
+from lightning_vlm.schema import (
+    IGNORE_INDEX,
+    MEDIA_FIELDS,
+    Sample,
+    VLMBatch,
+    count_label_tokens,
+    join_media,
+    token_types,
+)
 from lightning_vlm.segments import cu_seqlens_from_lengths
 
 
@@ -34,7 +42,7 @@ class PaddedCollate:
         labels = pad_sequence([sample.labels for sample in samples], True, IGNORE_INDEX)
         if not counted:
             labels = torch.full_like(labels, IGNORE_INDEX)
-        types = _token_types(samples)
+        types = token_types(samples)
         return VLMBatch(
             mm_token_type_ids=None if types is None else pad_sequence(types, True, 0),
             input_ids=pad_sequence([sample.input_ids for sample in samples], True, self.pad_token_id),
@@ -58,7 +66,7 @@ class PackedCollate:
         labels = torch.cat([sample.labels for sample in samples])[None]
         if not counted:
             labels = torch.full_like(labels, IGNORE_INDEX)
-        types = _token_types(samples)
+        types = token_types(samples)
         return VLMBatch(
             mm_token_type_ids=None if types is None else torch.cat(types)[None],
             input_ids=torch.cat([sample.input_ids for sample in samples])[None],
@@ -88,20 +96,9 @@ def blank_sample(token_id: int) -> Sample:
     )
 
 
-def _token_types(samples: Sequence[Sample]) -> list[Tensor] | None:
-    """Token types of each sample, where any has some: one without them has none but images, which need no telling."""
-    found = [sample.mm_token_type_ids for sample in samples]
-    if all(types is None for types in found):
-        return None
-    return [torch.zeros_like(sample.input_ids) if types is None else types for sample, types in zip(samples, found)]
-
-
 def _per_sample(samples: Sequence[Sample], counted: bool) -> dict[str, Any]:
     """What both kinds of batches hold per sample, and all media in reading order."""
-    media: dict[str, Any] = {}
-    for name in MEDIA_FIELDS:
-        found = [value for sample in samples if (value := getattr(sample, name)) is not None]
-        media[name] = _longest(found) if found else None
+    media: dict[str, Any] = {**dict.fromkeys(MEDIA_FIELDS), **join_media(samples)}
     counts = {"num_images": "image_grid_hw", "num_videos": "video_grid_thw", "num_clips": "input_features"}
     for name, items in counts.items():
         if media[items] is not None or name == "num_images":
@@ -118,12 +115,3 @@ def _per_sample(samples: Sequence[Sample], counted: bool) -> dict[str, Any]:
 
 def _length(values: Tensor | None) -> int:
     return 0 if values is None else len(values)
-
-
-def _longest(values: list[Tensor]) -> Tensor:
-    """One after another; clips of sound, whose second axis is time, padded to the longest with zeros."""
-    if values[0].ndim == 3 or values[0].dtype == torch.bool:
-        frames = max(value.shape[1] for value in values)
-        after = (0, 0) * (values[0].ndim - 2)
-        values = [torch.nn.functional.pad(value, (*after, 0, frames - value.shape[1])) for value in values]
-    return torch.cat(values)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Workers are forked after the tokenizer was used; its own thread pool would only warn and contend there.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """To be raised when the same data, processor and settings get another length, or the file another form."""
 
 _COLUMNS = {"tokens": "int32", "patches": "int32", "images": "int32", "scaled": "bool", "repaired": "bool"}
@@ -226,7 +226,10 @@ def lengths_key(dataset: SampleDataset, decode: bool = False) -> str:
         for source, policy in zip(dataset.sources, dataset.policies)
     ]
     # Not that a policy changes a length, but what it refuses now must not pass because it was measured before.
-    policies = [[policy.max_image_pixels, policy.allow_urls] for policy in dataset.policies]
+    policies = [
+        [policy.max_image_pixels, policy.allow_urls, policy.max_video_frames, policy.max_audio_s]
+        for policy in dataset.policies
+    ]
     parts = {
         "format": FORMAT_VERSION,
         "libraries": [transformers.__version__, tokenizers.__version__],
@@ -244,7 +247,7 @@ def lengths_key(dataset: SampleDataset, decode: bool = False) -> str:
 
 
 def processor_fingerprint(processor: NemotronVLProcessor) -> str:
-    """Names everything that a processor turns a conversation and image sizes into tokens by."""
+    """Names everything that a processor turns a conversation and sizes of media into tokens by."""
     if not hasattr(processor, "geometry"):  # another family's: only media are looked at, see `data.examples`
         return type(processor).__name__
     tokenizer = processor.tokenizer
@@ -257,8 +260,10 @@ def processor_fingerprint(processor: NemotronVLProcessor) -> str:
             "special_tokens": tokenizer.special_tokens_map,
             "splits_special_tokens": getattr(tokenizer, "split_special_tokens", False),
             "chat_template": processor.chat_template,
-            "image_tokens": [processor.image_token, processor.image_start_token, processor.image_end_token],
+            "media_tokens": asdict(processor.media_tokens),
             "geometry": asdict(processor.geometry),
+            "video": None if processor.video_geometry is None else asdict(processor.video_geometry),
+            "sound": None if processor.sound_geometry is None else asdict(processor.sound_geometry),
         }
     )
 

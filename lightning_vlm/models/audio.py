@@ -6,7 +6,7 @@ normalisation keeps the statistics it was trained with, also while it is trained
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,29 +15,26 @@ from transformers import ParakeetEncoder, ParakeetEncoderConfig
 from lightning_vlm.models.projector import MultiModalProjector
 
 
-class AudioTower(ParakeetEncoder):
-    """transformers' encoder; an instance of it becomes ours by its class, which adds no state."""
+class FixedBatchNorm1d(nn.BatchNorm1d):
+    """Batch normalisation by the statistics of its checkpoint, also in training; weight and bias are trained.
 
-    def train(self, mode: bool = True) -> Self:
-        """Sets the mode of all but batch normalisation.
+    Those of a batch would make a clip depend on the others and on padding.
+    """
 
-        Its statistics over a batch would make a clip depend on the others and on padding.
-
-        Args:
-            mode: Whether to train.
-        """
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm1d):
-                nn.Module.train(module, False)
-        return self
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``(num_clips, channels, T)`` to the same."""
+        return nn.functional.batch_norm(
+            hidden, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
 
 
-def make_audio_tower(config: ParakeetEncoderConfig) -> AudioTower:
+def make_audio_tower(config: ParakeetEncoderConfig) -> ParakeetEncoder:
     """A Parakeet encoder whose clips do not see each other."""
-    tower: Any = ParakeetEncoder(config)
-    tower.__class__ = AudioTower
-    return tower.train(tower.training)
+    tower = ParakeetEncoder(config)
+    for module in tower.modules():
+        if type(module) is nn.BatchNorm1d:
+            module.__class__ = FixedBatchNorm1d  # adds no state
+    return tower
 
 
 def make_audio_projector(config: Any, output_size: int) -> MultiModalProjector:

@@ -57,10 +57,10 @@ def call_processor(
     for kind, given, name in (("videos", videos, "video"), ("audio", audio, "sound")):
         if not _is_nothing(given) and getattr(processor, name) is None:
             raise ValueError(f"{kind} were given to a processor without settings for them; make it with {name}={{...}}")
+    video_token = None if processor.video is None else tokens.video  # then it is a word like others
     flat: dict[str, tuple[str | None, Any, list[Any]]] = {
         "image": (tokens.image, images, _flat_images(images)),
-        # a word like others for a processor that knows no videos
-        "video": (processor.video and tokens.video, videos, _flat_videos(videos, processor.video_geometry, fps)),
+        "video": (video_token, videos, _flat_videos(videos, processor.video_geometry, fps)),
         "sound": (tokens.sound, audio, _flat_sounds(audio, processor.sound_geometry)),
     }
     owned = [

@@ -11,11 +11,12 @@ from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.processing.registry import FAMILIES
 
 
-def load_processor(name: str) -> Any:
+def load_processor(name: str, options: dict[str, Any] | None = None) -> Any:
     """Loads a processor; no code but transformers' own and ours is run.
 
     Args:
         name: Folder or, if the hub may be reached, repository.
+        options: In place of what was saved with it.
 
     Returns:
         A `NemotronVLProcessor`, unless the folder names the class of another family.
@@ -26,8 +27,8 @@ def load_processor(name: str) -> Any:
     """
     family = FAMILIES.get(_saved_class(name), "nemotron_omni")
     if family == "nemotron_omni":
-        return NemotronVLProcessor.from_pretrained(name)
-    return AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        return NemotronVLProcessor.from_pretrained(name, **(options or {}))
+    return AutoProcessor.from_pretrained(name, trust_remote_code=False, **(options or {}))
 
 
 def _saved_class(name: str) -> str:

@@ -100,6 +100,9 @@ class NemotronVLProcessor(ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=PretrainedConfig(), **kwargs)
         saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         own = {name: saved[name] for name in _OWN_OPTIONS if name in saved}
+        for name in ("video", "sound"):  # settings that are not given stay what they were
+            if isinstance(given.get(name), dict):
+                given[name] = {**(own.get(name) or {}), **given[name]}
         return cls(image_processor=image_processor, tokenizer=tokenizer, **{**own, **given})
 
     @property

@@ -22,7 +22,7 @@ from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.models.packed_mamba import PackedMamba2Mixer
 from lightning_vlm.ops.attention import ATTENTION, attention_choice
 from lightning_vlm.ops.mamba import mamba_choice
-from lightning_vlm.schema import Sample
+from lightning_vlm.schema import Sample, join_media, token_types
 from lightning_vlm.segments import cu_seqlens_from_lengths
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -115,13 +115,11 @@ def measure_isolation(model: NemotronVL, samples: Sequence[Sample], device: torc
 
 def _hidden(model: NemotronVL, samples: Sequence[Sample], device: torch.device) -> Tensor:
     """``(T, D)`` float32 states in front of the head: of a packed row, or of a single sample the ordinary way."""
-    patches = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
-    grids = [sample.image_grid_hw for sample in samples if sample.image_grid_hw is not None]
-    inputs = {"input_ids": torch.cat([sample.input_ids for sample in samples])[None]}
+    inputs = {"input_ids": torch.cat([sample.input_ids for sample in samples])[None], **join_media(samples)}
+    if (types := token_types(samples)) is not None:
+        inputs["mm_token_type_ids"] = torch.cat(types)[None]
     if len(samples) > 1:
         inputs["cu_seqlens"] = cu_seqlens_from_lengths([len(sample) for sample in samples])
-    if patches:
-        inputs |= {"pixel_values": torch.cat(patches), "image_grid_hw": torch.cat(grids)}
     states: list[Tensor] = []
     norm = model.language_model.model.norm_f
     hook = norm.register_forward_hook(lambda module, args, output: states.append(output[0].float()))
@@ -149,12 +147,16 @@ def _long_memory(model: NemotronVL) -> Iterator[None]:
 
 
 def _altered(model: NemotronVL, sample: Sample) -> Sample:
-    """The same sample with other text; its images and their places stay."""
-    image, size = model.config.image_token_id, model.config.text_config.vocab_size
-    changed = (sample.input_ids + 1) % size
-    if image is not None:
-        changed = changed.where(changed != image, (changed + 1) % size).where(sample.input_ids != image, image)
-    return replace(sample, input_ids=changed)
+    """The same sample with other text; its media and their places stay, and so do the tokens that open them."""
+    ids, size = sample.input_ids, model.config.text_config.vocab_size
+    placeholders = [model.config.image_token_id, model.config.audio_token_id]
+    tokens = torch.tensor([token for token in placeholders if token is not None], dtype=ids.dtype)
+    opens = torch.isin(ids[1:], tokens) & ~torch.isin(ids[:-1], tokens)
+    kept = torch.cat([tokens, ids[:-1][opens]])
+    changed = (ids + 1) % size
+    while (taken := torch.isin(changed, kept)).any():
+        changed = changed.where(~taken, (changed + 1) % size)
+    return replace(sample, input_ids=ids.where(torch.isin(ids, kept), changed))
 
 
 def _precision(model: NemotronVL, device: torch.device) -> torch.dtype:
