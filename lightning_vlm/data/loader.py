@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_vlm.data.collate import blank_sample
 from lightning_vlm.data.samplers import EpochPlan, PlannedBatch, Position
+from lightning_vlm.data.transport import Parcel
 from lightning_vlm.schema import DataError, Sample, StoppingError, VLMBatch
 
 
@@ -120,7 +121,7 @@ class ResumableLoader:
             self._batches,
             batch_size=None,  # an item is a whole planned batch
             sampler=planned,
-            collate_fn=_identity,
+            collate_fn=Parcel if self._num_workers else _identity,
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
         )

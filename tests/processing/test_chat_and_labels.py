@@ -496,6 +496,21 @@ class TestRememberedFrames:
         tokenizer.add_special_tokens({"additional_special_tokens": [*EXTRA_TOKENS, "!"]})
         assert trained(render(tokenizer, messages)) == ["a!"]
 
+    def test_of_one_text_are_told_apart_by_how_an_answer_would_end_as_the_last_turn(self) -> None:
+        template = "{% for m in messages %}{{ m.role ~ m.content }}"
+        template += (
+            "{% if open and loop.last and m.role == 'assistant' %}{{ '.' }}{% else %}{{ '<|im_end|>' }}{% endif %}"
+        )
+        template += "{% endfor %}"
+        tokenizer, messages = with_template(template), messages_of("q", "a", "r")
+        shut = render(tokenizer, messages, open=False)
+        assert trained(shut)[0].endswith("a<|im_end|>")
+        assert "expected a special token to stop at" in outcome(tokenizer, messages, open=True)
+        always_open = template.replace("if open and", "if")
+        assert "expected a special token to stop at" in outcome(
+            tokenizer, messages, open=False, chat_template=always_open
+        )
+
     def test_of_a_template_that_tells_the_time_are_made_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
         template = CHATML_TEMPLATE + "{{ now }}"
         tokenizer, messages, now = with_template(template), messages_of("q", "a"), iter("12345678")
