@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from lightning_vlm import NemotronVLConfig, NemotronVLModule, NemotronVLProcessor, VLMDataModule
+from lightning_vlm.data.lengths import processor_fingerprint
 from lightning_vlm.data.samplers import Position
+from lightning_vlm.processing.tiny import TINY_SOUND, TINY_VIDEO, tiny_processor
 from lightning_vlm.schema import DataError, VLMBatch
 
 BOT = {"role": "assistant", "content": "ho"}
@@ -547,3 +549,28 @@ def test_packed_data_without_rows_to_train_on(write_rows: Callable[..., Path], p
         DataError, match=r"1 of 1 samples \(100.0 %\) exceeds 5 tokens: .*rows.jsonl:1 .*; raise the lim"
     ):
         data.setup("fit")
+
+
+class TestProcessorOptions:
+    def test_stand_in_place_of_what_was_saved(self, tmp_path):
+        tiny_processor(video={"target_num_patches": 16, "num_frames": 8}).save_pretrained(tmp_path)
+        options = {"max_num_patches": 64, "video": {"pruning_rate": 0.5}}
+        processor = VLMDataModule(processor=str(tmp_path), processor_options=options).processor
+        assert processor.geometry.max_num_patches == 64
+        assert processor.video == {"target_num_patches": 16, "num_frames": 8, "pruning_rate": 0.5}
+        assert VLMDataModule(processor=str(tmp_path)).processor.video == {"target_num_patches": 16, "num_frames": 8}
+
+    def test_are_part_of_what_lengths_are_kept_for(self, tmp_path):
+        processors = [tiny_processor(), tiny_processor(video=TINY_VIDEO), tiny_processor(sound=TINY_SOUND)]
+        processors.append(tiny_processor(video={**TINY_VIDEO, "pruning_rate": 0.5}))
+        processors.append(tiny_processor(sound={**TINY_SOUND, "clip_s": 2.0}))
+        assert len({processor_fingerprint(processor) for processor in processors}) == len(processors)
+
+    def test_wrong_ones_are_told(self, tmp_path):
+        tiny_processor(video=TINY_VIDEO).save_pretrained(tmp_path)
+        wrong = VLMDataModule(processor=str(tmp_path), processor_options={"video": {"frame_rate": 2}})
+        with pytest.raises(DataError, match=r"data\.processor_options: \['video'\] do not fit: .*frame_rate"):
+            _ = wrong.processor
+        made = VLMDataModule(processor=tiny_processor(), processor_options={"max_num_patches": 64})
+        with pytest.raises(DataError, match="given beside a NemotronVLProcessor that is made already"):
+            _ = made.processor

@@ -84,7 +84,7 @@ def beeps(count: int, generator: np.random.Generator) -> np.ndarray:
     """A sound with so many beeps.
 
     Args:
-        count: Beeps; their pauses are at least as long as they are.
+        count: Beeps, with pauses of at least half their length.
         generator: Chooses their pitch, their places and the noise.
 
     Returns:
@@ -95,7 +95,7 @@ def beeps(count: int, generator: np.random.Generator) -> np.ndarray:
     sound = 0.02 * generator.standard_normal(int(SOUND_S * RATE_HZ))
     time = np.arange(length) / RATE_HZ
     for slot in generator.choice(slots, size=count, replace=False):
-        start = int(slot) * 2 * length + int(generator.integers(length))
+        start = int(slot) * 2 * length + int(generator.integers(length // 2))
         sound[start : start + length] += 0.5 * np.sin(2 * np.pi * generator.uniform(400, 1600) * time)
     return sound.clip(-1, 1).astype(np.float32)
 

@@ -79,6 +79,42 @@ class ImageGeometry:
         side = self.tile_size // self.patch_size
         return [(side, side)] * num_tiles(height, width, self)
 
+    @property
+    def max_image_tokens(self) -> int:
+        """Most language-model tokens that one image can become."""
+        if self.mode == "dynamic":
+            return self.image_budget() // self.merge_size**2
+        tiles = self.max_tiles + (self.use_thumbnail and self.max_tiles > 1)
+        return tiles * (self.tile_size // self.patch_size // self.merge_size) ** 2
+
+    @property
+    def size_with_most_tokens(self) -> tuple[int, int]:
+        """The smallest (height, width) in pixels of an image that becomes the most tokens: what memory is planned for.
+
+        In dynamic mode a square of nearly as many tokens as there may be, see `size_for_tokens`.
+        """
+        if self.mode == "dynamic":
+            return self.size_for_tokens(self.max_image_tokens)
+        rows, columns = max(_tile_ratios(self.max_tiles), key=lambda ratio: (ratio[0] * ratio[1], -max(ratio)))
+        return rows * self.tile_size, columns * self.tile_size
+
+    def size_for_tokens(self, num_tokens: int) -> tuple[int, int]:
+        """(height, width) in pixels of a square that becomes nearly so many tokens, never more.
+
+        Source: vLLM's nano_nemotron_vl, whose memory profiling uses it. Dynamic mode only enlarges what is below
+        ``min_num_patches``.
+
+        Args:
+            num_tokens: Tokens wanted.
+
+        Raises:
+            ValueError: If it is less than one.
+        """
+        if num_tokens < 1:
+            raise ValueError(f"an image of {num_tokens} tokens was asked for; expected at least 1")
+        side = math.isqrt(num_tokens) * self.merge_size * self.patch_size
+        return side, side
+
     def image_budget(self, num_images: int = 1, text_tokens: int = 0) -> int:
         """Patches that one image may have: what the context leaves, clamped to the configured range."""
         available = self.context_patches(num_images, text_tokens)
@@ -245,13 +281,8 @@ def tile_ratio(height: int, width: int, geometry: ImageGeometry) -> Grid:
         width: Image width, in pixels.
         geometry: Gives ``tile_size`` and ``max_tiles``.
     """
-    limit = geometry.max_tiles
-    ratios = sorted(
-        {(i, j) for i in range(1, limit + 1) for j in range(1, limit + 1) if i * j <= limit},
-        key=lambda ratio: (ratio[0] * ratio[1], ratio),
-    )
     best, best_difference = (1, 1), math.inf
-    for columns, rows in ratios:
+    for columns, rows in _tile_ratios(geometry.max_tiles):
         difference = abs(width / height - columns / rows)
         if difference < best_difference:
             best, best_difference = (rows, columns), difference
@@ -274,6 +305,13 @@ def tile_boxes(rows: int, columns: int, tile_size: int) -> list[Box]:
         for row in range(rows)
         for column in range(columns)
     ]
+
+
+def _tile_ratios(max_tiles: int) -> list[tuple[int, int]]:
+    """All (columns, rows) of up to so many tiles, fewer tiles first."""
+    sides = range(1, max_tiles + 1)
+    ratios = [(i, j) for i in sides for j in sides if i * j <= max_tiles]
+    return sorted(ratios, key=lambda ratio: (ratio[0] * ratio[1], ratio))
 
 
 def _to_multiple(side: int, merge: int, fits: Callable[[int], bool]) -> int:

@@ -395,3 +395,48 @@ def reference_tiles(height: int, width: int, max_tiles: int) -> Grid:
         if width * height > 0.5 * 512**2 * i * j:
             best = (i, j)
     return best[1], best[0]
+
+
+class TestTheMost:
+    """What memory is planned for; vLLM's profiling asks the same three questions."""
+
+    @given(
+        mode=st.sampled_from(["dynamic", "static"]),
+        max_tiles=st.integers(1, 12),
+        use_thumbnail=st.booleans(),
+        max_model_len=st.integers(64, 4096),
+        sizes=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=20),
+    )
+    @settings(deadline=None, max_examples=200)
+    def test_no_image_has_more_tokens(self, mode, max_tiles, use_thumbnail, max_model_len, sizes):
+        geometry = ImageGeometry(
+            mode, max_tiles=max_tiles, use_thumbnail=use_thumbnail, max_model_len=max_model_len, min_num_patches=16
+        )
+        assert max(geometry.num_image_tokens(*size) for size in sizes) <= geometry.max_image_tokens
+
+    @pytest.mark.parametrize(
+        ("max_tiles", "thumbnail", "tokens"), [(12, True, 3328), (12, False, 3072), (1, True, 256)]
+    )
+    def test_static_tiles_reach_it(self, max_tiles, thumbnail, tokens):
+        geometry = ImageGeometry("static", max_tiles=max_tiles, use_thumbnail=thumbnail)
+        assert geometry.max_image_tokens == tokens
+        height, width = geometry.size_with_most_tokens
+        assert geometry.num_image_tokens(height, width) == tokens
+        assert height * width == max_tiles * 512**2
+
+    def test_a_square_comes_near_it(self):
+        geometry = ImageGeometry()
+        assert geometry.max_image_tokens == 13312 // 4
+        # 57 tokens per side: the largest square of at most 3,328 tokens (vLLM's rule, rounded down to whole tokens).
+        assert geometry.size_with_most_tokens == (57 * 32, 57 * 32)
+        assert geometry.num_image_tokens(57 * 32, 57 * 32) == 57**2
+
+    def test_vllms_own_example(self):
+        # Its docstring: 8,192 tokens asked for are 2,880 x 2,880 pixels, which are 8,100 tokens.
+        geometry = ImageGeometry(min_num_patches=4, max_num_patches=16384 * 4)
+        assert geometry.size_for_tokens(8192) == (2880, 2880)
+        assert (2880 // 16) ** 2 // 4 == 8100
+
+    def test_nothing_is_no_size(self):
+        with pytest.raises(ValueError, match="an image of 0 tokens was asked for"):
+            ImageGeometry().size_for_tokens(0)
