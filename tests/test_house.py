@@ -29,6 +29,7 @@ STEPS = {
     "module": 7,
     "commands": 8,
     "cli": 9,
+    "__main__": 10,
 }
 # The data half (rows to batches) and the model half (network to step) meet on step 0 only...
 HALVES = [({"media", "sources", "processing", "data", "automodel"}, {"models", "training"})]

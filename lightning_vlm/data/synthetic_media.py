@@ -1,7 +1,7 @@
 """Two small tasks that need a video or a sound: digits that are shown one after another, and beeps to be counted.
 
     videos   two to four scanned digits, each held for four frames; "Which digits did you see?"
-    beeps    one to five beeps in noise, in two and a half seconds of sound; "How many beeps?"
+    beeps    one to five beeps in noise, in a second and a half of sound; "How many beeps?"
 
 The scans are those of `lightning_vlm.data.synthetic`, in the same splits; a video is a list of frames, so nothing has
 to encode or decode one. Held frames repeat themselves: efficient video sampling can leave half of them out for nothing.
@@ -25,11 +25,14 @@ from tqdm import tqdm
 from lightning_vlm.data.synthetic import SIDE, split_scans
 from lightning_vlm.processing.tiny import TINY_SOUND, TINY_VIDEO, tiny_processor, tiny_tokenizer
 
-ROWS = {"train": 2400, "val": 60, "heldout": 200}
+ROWS: dict[str, dict[str, int]] = {
+    "videos": {"train": 2400, "val": 60, "heldout": 200},
+    "beeps": {"train": 4000, "val": 100, "heldout": 200},
+}
 FRAMES_PER_DIGIT = 4
 RATE_HZ = 16_000
-SOUND_S = 2.5
-BEEP_S = 0.12
+SOUND_S = 1.6
+BEEP_S = 0.08
 
 
 def write_videos(folder: Path, seed: int = 0, progress: bool = True) -> None:
@@ -54,7 +57,7 @@ def write_videos(folder: Path, seed: int = 0, progress: bool = True) -> None:
         answer = "".join(str(scans.digits[scan]) for scan in shown)
         return _row({"type": "video", "video": frames}, "Which digits did you see?", answer)
 
-    _write_rows(folder, seed, progress, prepare, row)
+    _write_rows(folder, "videos", seed, progress, prepare, row)
     _write_model(folder / "model", video={**TINY_VIDEO, "target_num_patches": (SIDE // 8) ** 2})
 
 
@@ -76,7 +79,7 @@ def write_beeps(folder: Path, seed: int = 0, progress: bool = True) -> None:
         _write_wav(folder / split / name, beeps(count, generator))
         return _row({"type": "audio", "audio": name}, "How many beeps?", str(count))
 
-    _write_rows(folder, seed, progress, prepare, row)
+    _write_rows(folder, "beeps", seed, progress, prepare, row)
     _write_model(folder / "model", sound=TINY_SOUND)
 
 
@@ -107,13 +110,14 @@ def _row(medium: dict[str, Any], question: str, answer: str) -> dict[str, Any]:
 
 def _write_rows(
     folder: Path,
+    task: str,
     seed: int,
     progress: bool,
     prepare: Callable[[str], None],
     make: Callable[[str, int, np.random.Generator], dict[str, Any]],
 ) -> None:
-    bar = tqdm(total=sum(ROWS.values()), disable=not progress, desc="rows")
-    for number, (split, count) in enumerate(ROWS.items()):
+    bar = tqdm(total=sum(ROWS[task].values()), disable=not progress, desc="rows")
+    for number, (split, count) in enumerate(ROWS[task].items()):
         prepare(split)
         generator = np.random.default_rng([seed, number])
         with (folder / split / "rows.jsonl").open("w", encoding="utf-8") as file:
@@ -126,9 +130,9 @@ def _write_rows(
 def _write_wav(path: Path, samples: np.ndarray) -> None:
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
-        file.setsampwidth(2)
+        file.setsampwidth(1)  # half the size; the beeps are well above its noise
         file.setframerate(RATE_HZ)
-        file.writeframes((samples * 32767).astype("<i2").tobytes())
+        file.writeframes((samples * 127 + 128).round().astype(np.uint8).tobytes())
 
 
 def _write_model(folder: Path, video: dict[str, Any] | None = None, sound: dict[str, Any] | None = None) -> None:

@@ -181,6 +181,8 @@ class NemotronVLConfig(PretrainedConfig):
             "subsampling_conv_channels": 32,
             "num_mel_bins": 32,
             "projection_hidden_size": hidden_size,
+            # As for the language model: with 0.02 next to nothing of a spectrogram comes through the convolutions.
+            "initializer_range": 0.15,
         }
         return cls(
             vision_config=vision,

@@ -16,7 +16,8 @@ from lightning_vlm.data.synthetic_media import BEEP_S, FRAMES_PER_DIGIT, RATE_HZ
 
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthetic_media, "ROWS", {"train": 6, "val": 2, "heldout": 2})
+    rows = {"train": 6, "val": 2, "heldout": 2}
+    monkeypatch.setattr(synthetic_media, "ROWS", {"videos": rows, "beeps": rows})
 
 
 def rows_of(path: Path) -> list[dict]:
