@@ -64,7 +64,7 @@ def call_processor(
         "sound": (tokens.sound, audio, _flat_sounds(audio, processor.sound_geometry)),
     }
     owned = [
-        _per_text(texts, token, media, _lengths(given, len(texts)), kind)
+        _per_text(texts, token, media, _lengths(given, len(texts), kind), kind)
         for kind, (token, given, media) in flat.items()
     ]
     pieces: list[Any] = []
@@ -125,7 +125,8 @@ def _tokenize(processor: Any, pieces: Sequence[Any], options: dict[str, Any], to
             f"{', '.join(_PADDING)} and return_tensors"
         )
     rows = [tokenize_pieces(tokenizer, own, processor.image_token_id, processor.audio_token_id) for own in pieces]
-    encoded = dict(tokenizer.pad({"input_ids": [ids.tolist() for ids, _, _ in rows]}, **{"padding": False, **options}))
+    padding = {"padding": False, **{name: value for name, value in options.items() if name in _PADDING}}
+    encoded = dict(tokenizer.pad({"input_ids": [ids.tolist() for ids, _, _ in rows]}, **padding))
     encoded["mm_token_type_ids"] = []
     for mask, (_, _, types) in zip(encoded["attention_mask"], rows):
         remaining = iter(types.tolist())
@@ -145,11 +146,12 @@ def _per_text(
     return [[next(remaining) for _ in range(count)] for count in found]
 
 
-def _lengths(media: Any, num_texts: int) -> list[int] | None:
+def _lengths(media: Any, num_texts: int, kind: str) -> list[int] | None:
     """How many media each text was given, if they came as one list per text."""
     if not isinstance(media, list | tuple) or len(media) != num_texts:
         return None
-    nested = all(isinstance(own, list | tuple) and not _is_sound(own) and not _is_video(own) for own in media)
+    one = {"image": lambda _: False, "video": _is_video, "sound": _is_sound}[kind]  # a list may be one video's frames
+    nested = all(isinstance(own, list | tuple) and not one(own) for own in media)
     return [len(own) for own in media] if nested else None
 
 

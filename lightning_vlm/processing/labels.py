@@ -93,3 +93,13 @@ def last_answer_start(labels: Tensor) -> int:
     starts = trained & ~torch.nn.functional.pad(trained[:-1], (1, 0))
     found = starts.nonzero().flatten()
     return int(found[-1]) if len(found) else len(labels)
+
+
+def before_last_answer(spans: list[Span]) -> list[Span]:
+    """The spans before the last trained one; all without one.
+
+    Args:
+        spans: Rendered text in order.
+    """
+    trained = [index for index, span in enumerate(spans) if span.trained]
+    return spans[: trained[-1]] if trained else spans

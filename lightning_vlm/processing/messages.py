@@ -41,3 +41,12 @@ def to_messages(conversation: Conversation, tokens: MediaTokens, reserved: Seque
         content = "".join(part.text if isinstance(part, Text) else placeholders[type(part)] for part in turn.parts)
         messages.append({"role": turn.role, "content": content})
     return messages
+
+
+def last_answer(conversation: Conversation) -> tuple[str, ...]:
+    """The text of the last assistant turn; nothing without one.
+
+    Args:
+        conversation: The conversation.
+    """
+    return tuple(turn.text for turn in conversation.turns if turn.role == "assistant")[-1:]

@@ -22,11 +22,12 @@ from lightning_vlm.geometry.videos import VideoGeometry, uniform_frames
 from lightning_vlm.processing.calls import call_processor, pop_image_options
 from lightning_vlm.processing.chat import Message, Span, render_prompt, render_text, render_turns
 from lightning_vlm.processing.image_processor import NemotronVLImageProcessor
-from lightning_vlm.processing.labels import cut_text, last_answer_start
+from lightning_vlm.processing.labels import before_last_answer, cut_text, last_answer_start
 from lightning_vlm.processing.media_layout import MediaSizes, Medium, MediumSize, media_sizes
 from lightning_vlm.processing.media_tensors import by_kind, image_tensors, sound_tensors, video_tensors
-from lightning_vlm.processing.messages import to_messages
+from lightning_vlm.processing.messages import last_answer, to_messages
 from lightning_vlm.processing.pieces import IMAGE, MediaTokens, tokenize_pieces
+from lightning_vlm.processing.released import read_config, released_options
 from lightning_vlm.processing.sample_layout import SampleLayouter, bounded_layout, check_placeholders
 from lightning_vlm.processing.sizes import SampleLimit, SampleSize
 from lightning_vlm.schema import MEDIA_FIELDS, Conversation, DataError, ImageRef, Sample, VideoRef
@@ -87,19 +88,24 @@ class NemotronVLProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Loads tokenizer and image processor from a folder or, if the hub may be reached, a repository.
 
+        A folder as released says in its ``config.json`` how media are processed, see `released_options`.
+
         Args:
             pretrained_model_name_or_path: Folder or repository name.
             **kwargs: Options of this class, of the image processor, or of the hub download.
         """
         image_options = pop_image_options(kwargs)
         given = {name: kwargs.pop(name) for name in _OWN_OPTIONS if name in kwargs}
+        saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        own = {name: saved[name] for name in _OWN_OPTIONS if name in saved}
+        if saved.get("processor_class") != cls.__name__:
+            released, video, sound = released_options(read_config(pretrained_model_name_or_path, **kwargs))
+            image_options, own = {**released, **image_options}, {"video": video, "sound": sound, **own}
         image_processor = NemotronVLImageProcessor.from_pretrained(
             pretrained_model_name_or_path, **image_options, **kwargs
         )
         # With a config of its own it does not look at the model's, whose type it may not know yet: it would say so.
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=PretrainedConfig(), **kwargs)
-        saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        own = {name: saved[name] for name in _OWN_OPTIONS if name in saved}
         for name in ("video", "sound"):  # settings that are not given stay what they were
             if isinstance(given.get(name), dict):
                 given[name] = {**(own.get(name) or {}), **given[name]}
@@ -190,7 +196,7 @@ class NemotronVLProcessor(ProcessorMixin):
             spans = render_turns(self.tokenizer, messages, source, template_kwargs)
 
         sizes = media_sizes(media, self.video_geometry, self.sound_geometry)
-        self._check_rendered("".join(span.text for span in spans), sizes, source)
+        self._check_rendered("".join(span.text for span in spans), sizes, conversation)
         layout, pieces = self.layouter.lay_out(spans, sizes, self.geometry, source, limit)
         input_ids, labels, types = tokenize_pieces(self.tokenizer, pieces, self.image_token_id, self.audio_token_id)
         check_placeholders(int((types == IMAGE).sum()), sum(layout.num_tokens), source)
@@ -202,8 +208,8 @@ class NemotronVLProcessor(ProcessorMixin):
             labels=labels,
             mm_token_type_ids=types[: len(input_ids)] if videos or sounds else None,
             prompt_length=last_answer_start(labels),
-            prompt="".join(span.text for span in _before_last_answer(spans)),
-            references=conversation.references or (() if answer else _last_answer(conversation)),
+            prompt="".join(span.text for span in before_last_answer(spans)),
+            references=conversation.references or (() if answer else last_answer(conversation)),
             source=source,
             **image_tensors(images, layout, self.image_processor),
             **video_tensors(videos, sizes.videos, self.video_geometry, self.image_processor),
@@ -242,18 +248,19 @@ class NemotronVLProcessor(ProcessorMixin):
             known = self._known_roles.setdefault(repr(template_kwargs), set())
             text = render_text(self.tokenizer, messages, source, template_kwargs, known)
         by_kind = media_sizes(sizes, self.video_geometry, self.sound_geometry)
-        self._check_rendered(text, by_kind, source)
+        self._check_rendered(text, by_kind, conversation)
         other_tokens = self.layouter.num_other_tokens([Span(text, trained=False)], by_kind, self.geometry, source)
         layout = bounded_layout(by_kind, self.geometry, other_tokens, limit)
         tokens, repaired = other_tokens + sum(layout.num_tokens), bool(conversation.notes)
-        patches, num_images = layout.num_patches + by_kind.video_patches, len(by_kind.images)
+        patches = layout.num_patches + by_kind.video_patches
+        num_media = len(by_kind.images), len(by_kind.videos), len(by_kind.sounds)
         if max_text is None or tokens <= max_text or answer:
-            return SampleSize(tokens, patches, num_images, layout.scaled, repaired)
+            return SampleSize(tokens, patches, *num_media, layout.scaled, repaired)
         spans = render_turns(self.tokenizer, messages, source, template_kwargs)  # rare: where it is cut has to be known
         pieces = self.layouter.expander.expand(spans, layout.num_tokens, by_kind.videos, by_kind.sounds)
         whole, labels, _ = tokenize_pieces(self.tokenizer, pieces, self.image_token_id, self.audio_token_id)
         kept, _ = cut_text(whole, labels, max_text, self._media_token_ids)
-        return SampleSize(len(kept), patches, num_images, len(kept) < tokens, repaired)
+        return SampleSize(len(kept), patches, *num_media, len(kept) < tokens, repaired)
 
     def check_media(self, conversation: Conversation) -> None:
         """Refuses media that the processor has no settings for.
@@ -330,17 +337,17 @@ class NemotronVLProcessor(ProcessorMixin):
             template_kwargs = {"chat_template": self.chat_template, **(template_kwargs or {})}
         return messages, template_kwargs
 
-    def _check_rendered(self, text: str, sizes: MediaSizes, source: str) -> None:
+    def _check_rendered(self, text: str, sizes: MediaSizes, conversation: Conversation) -> None:
         tokens = self.media_tokens
         given = {"image": (tokens.image, len(sizes.images))}
-        if sizes.videos:
+        if sizes.videos or any(isinstance(medium, VideoRef) for medium in conversation.media):  # else it is a word
             given["video"] = (tokens.video, len(sizes.videos))
         if self.sound is not None:
             given["sound"] = (tokens.sound, len(sizes.sounds))
         for kind, (token, count) in given.items():
             if (found := text.count(token)) != count:
                 raise DataError(
-                    source,
+                    conversation.source,
                     f"the chat template rendered {found} {kind} placeholder(s) for {count} {kind}(s)",
                     "use a chat_template that prints every turn's content",
                 )
@@ -386,12 +393,3 @@ def token_id(tokenizer: Any, token: str) -> int:
     if index is None or index == tokenizer.unk_token_id:
         raise ValueError(f"the tokenizer has no token {token!r}; add it as a special token or name the one it uses")
     return index
-
-
-def _last_answer(conversation: Conversation) -> tuple[str, ...]:
-    return tuple(turn.text for turn in conversation.turns if turn.role == "assistant")[-1:]
-
-
-def _before_last_answer(spans: list[Span]) -> list[Span]:
-    trained = [index for index, span in enumerate(spans) if span.trained]
-    return spans[: trained[-1]] if trained else spans

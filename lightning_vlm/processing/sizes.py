@@ -11,8 +11,10 @@ class SampleSize:
 
     Attributes:
         tokens: Length of ``input_ids``.
-        patches: Rows of ``pixel_values``.
+        patches: Vision patches of its images and videos.
         images: Number of images; in static mode one image has several tiles.
+        videos: Number of videos.
+        sounds: Number of sounds; one sound may have several clips.
         scaled: Whether it was made smaller to fit a limit: its images, or its text.
         repaired: Whether its reader changed the row to make sense of it, see `Conversation.notes`.
     """
@@ -20,6 +22,8 @@ class SampleSize:
     tokens: int
     patches: int
     images: int
+    videos: int = 0
+    sounds: int = 0
     scaled: bool = False
     repaired: bool = False
 
