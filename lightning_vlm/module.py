@@ -59,6 +59,8 @@ class NemotronVLModule(L.LightningModule):
             long video needs no more memory than these; all at once by default.
         generate_on_validation: Score generated answers in validation, besides the loss.
         max_new_tokens: Longest generated answer.
+        generation: Further arguments of transformers' ``generate``, e.g. ``{do_sample: true, temperature: 0.6}``; greedy
+            by default.
 
     Raises:
         ValueError: If not exactly one of ``model_id`` and ``config`` is given, or ``freeze`` or ``lr`` names an unknown
@@ -80,6 +82,7 @@ class NemotronVLModule(L.LightningModule):
         vision_micro_batch: int | None = None,
         generate_on_validation: bool = True,
         max_new_tokens: int = 64,
+        generation: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if (model_id is None) == (config is None):
@@ -255,7 +258,10 @@ class NemotronVLModule(L.LightningModule):
         if self.processor is None:
             raise ValueError("the module has no processor; set module.processor or fit with a VLMDataModule")
         in_step = self._trainer is not None and self.trainer.world_size > 1
-        return generate_answers(self.network, self.processor, batch, self.hparams.max_new_tokens, in_step)
+        options = self.hparams
+        return generate_answers(
+            self.network, self.processor, batch, options.max_new_tokens, in_step, options.generation
+        )
 
     def on_validation_epoch_end(self) -> None:
         """Logs the scores of the whole validation set."""

@@ -15,12 +15,12 @@ to and including its end token. Nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from lightning_vlm.schema import Conversation, DataError, Text
+from lightning_vlm.schema import DataError
 
 Message = dict[str, str]
 Render = Callable[..., str]
@@ -39,34 +39,6 @@ class Span:
     trained: bool
 
 
-def to_messages(conversation: Conversation, image_token: str, reserved: Sequence[str] = ()) -> list[Message]:
-    """Chat-template messages: each turn's parts joined verbatim, every image as one ``image_token``.
-
-    Args:
-        conversation: The conversation.
-        image_token: The tokenizer's image placeholder.
-        reserved: Further tokens that only the processor and the template may write.
-
-    Raises:
-        DataError: If a text contains one of these tokens, which would then stand for an image or end a turn.
-    """
-    messages = []
-    for number, turn in enumerate(conversation.turns, start=1):
-        for part in turn.parts:
-            for token in (image_token, *reserved):
-                if isinstance(part, Text) and token in part.text:
-                    stands_for = "stands for an image" if token == image_token else "is a control token of the model"
-                    raise DataError(
-                        conversation.source,
-                        f"the text of turn {number} ({turn.role}) contains {token!r}, which {stands_for}, "
-                        "expected plain text",
-                        "give the row one image per placeholder, or write the word differently",
-                    )
-        content = "".join(part.text if isinstance(part, Text) else image_token for part in turn.parts)
-        messages.append({"role": turn.role, "content": content})
-    return messages
-
-
 def render_turns(
     tokenizer: Any, messages: list[Message], source: str, template_kwargs: dict[str, Any] | None = None
 ) -> list[Span]:
@@ -74,7 +46,7 @@ def render_turns(
 
     Args:
         tokenizer: A transformers tokenizer with a chat template.
-        messages: The conversation, as made by `to_messages`.
+        messages: The conversation, as made by `lightning_vlm.processing.messages`.
         source: ``file:line`` of the row, for the error.
         template_kwargs: Extra template variables, e.g. ``{"enable_thinking": False}``.
 

@@ -92,7 +92,7 @@ def sound_tensors(
     clips = []
     for sound, layout in zip(sounds, layouts, strict=True):
         silence = sum(layout.clip_lengths) - len(sound)
-        clips += torch.nn.functional.pad(sound.float(), (silence, 0)).split(list(layout.clip_lengths))
+        clips += torch.nn.functional.pad(sound.float(), (0, silence)).split(list(layout.clip_lengths))
     extract = _extractor(num_mel_bins, geometry.sampling_rate, geometry.hop_length)
     # numpy: the extractor takes a list of tensors for a batch of its own
     found = extract([clip.numpy() for clip in clips], sampling_rate=geometry.sampling_rate, return_tensors="pt")

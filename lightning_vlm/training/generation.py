@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,9 @@ def generate_answers(
     batch: VLMBatch,
     max_new_tokens: int,
     in_step: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> list[str]:
-    """Greedy answers.
+    """Answers to the prompts of a batch, greedy ones unless the options say otherwise.
 
     Args:
         model: The model, in eval mode.
@@ -47,6 +50,7 @@ def generate_answers(
         batch: A padded batch.
         max_new_tokens: Longest answer.
         in_step: All ranks must run the same number of forward passes (sharded parameters).
+        options: Further arguments of transformers' ``generate``, e.g. ``{"do_sample": True, "temperature": 0.6}``.
 
     Returns:
         ``B`` texts without special tokens.
@@ -57,9 +61,9 @@ def generate_answers(
         **prompts,
         **batch.media_inputs(),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
         pad_token_id=processor.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         synced_gpus=in_step,
+        **{"do_sample": False, **(options or {})},
     )
     return tokenizer.batch_decode(generated[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -15,8 +15,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lightning_vlm.processing import chat
-from lightning_vlm.processing.chat import Span, render_prompt, render_turns, special_tokens, to_messages
+from lightning_vlm.processing.chat import Span, render_prompt, render_turns, special_tokens
 from lightning_vlm.processing.labels import tokenize_spans
+from lightning_vlm.processing.messages import to_messages
+from lightning_vlm.processing.pieces import MediaTokens
 from lightning_vlm.processing.tiny import CHATML_TEMPLATE, tiny_tokenizer
 from lightning_vlm.schema import IGNORE_INDEX, Conversation, DataError, ImageRef, Part, Text, Turn
 
@@ -548,7 +550,7 @@ class TestMessages:
     def test_join_texts_and_images_verbatim(self) -> None:
         parts: tuple[Part, ...] = (Text("a "), ImageRef("1.png"), Text("\nb"), ImageRef("2.png"))
         conversation = Conversation((Turn("user", parts), Turn("assistant", (Text("c"),))), SOURCE)
-        assert to_messages(conversation, "<image>") == [
+        assert to_messages(conversation, MediaTokens()) == [
             {"role": "user", "content": "a <image>\nb<image>"},
             {"role": "assistant", "content": "c"},
         ]
@@ -556,7 +558,7 @@ class TestMessages:
     def test_text_that_contains_the_placeholder_is_an_error(self) -> None:
         turns = (Turn("user", (ImageRef("1.png"), Text("what is <image>?"))), Turn("assistant", (Text("a"),)))
         with pytest.raises(DataError) as caught:
-            to_messages(Conversation(turns, SOURCE), "<image>")
+            to_messages(Conversation(turns, SOURCE), MediaTokens())
         assert str(caught.value).startswith(f"{SOURCE}: the text of turn 1 (user) contains '<image>'")
 
     def test_special_tokens_hold_the_added_ones(self) -> None:

@@ -69,3 +69,13 @@ def test_special_tokens_and_what_follows_the_end_are_not_part_of_an_answer(make_
     bias[processor.tokenizer.eos_token_id] = 1.0
     model.language_model.lm_head.register_forward_hook(lambda module, args, output: output + bias)
     assert generate_answers(model, processor, PaddedCollate(0)([sample([7, 8, 9], 2)]), max_new_tokens=4) == [""]
+
+
+def test_options_reach_generate(make_model, processor):
+    model = make_model()
+    batch = PaddedCollate(0)([sample([40, 41, 42, 50, 51, 3], 3)] * 8)
+    greedy = generate_answers(model, processor, batch, max_new_tokens=6)
+    assert len(set(greedy)) == 1
+    torch.manual_seed(0)
+    sampled = generate_answers(model, processor, batch, 6, options={"do_sample": True, "temperature": 5.0})
+    assert len(set(sampled)) > 1
