@@ -59,8 +59,8 @@ class NemotronVLModule(L.LightningModule):
             long video needs no more memory than these; all at once by default.
         generate_on_validation: Score generated answers in validation, besides the loss.
         max_new_tokens: Longest generated answer.
-        generation: Further arguments of transformers' ``generate``, e.g. ``{do_sample: true, temperature: 0.6}``; greedy
-            by default.
+        generation: Further arguments of transformers' ``generate``, e.g. ``{do_sample: true, temperature: 0.6}``;
+            greedy by default.
 
     Raises:
         ValueError: If not exactly one of ``model_id`` and ``config`` is given, or ``freeze`` or ``lr`` names an unknown

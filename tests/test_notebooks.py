@@ -46,10 +46,18 @@ def survives(text: str) -> None:
     assert "names 7 of 7 broken rows and no other" in text
 
 
+def prunes(text: str) -> None:
+    match = re.search(r"first tubelet, (\d+)% are where something moved \((\d+)% of all places\)", text)
+    assert match
+    assert int(match[1]) > 90 > 3 * int(match[2])
+    assert "EVS at 80 %: 724 tokens, 102 of them pictures" in text  # max(64, int(8 * 64 * 0.2)) = 102
+
+
 CLAIMS = {
     "01_train_on_a_laptop": learns,
     "02_packing_and_isolation": isolates,
     "03_your_data": survives,
+    "04_tiles_video_evs": prunes,
 }
 
 

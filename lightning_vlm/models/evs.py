@@ -132,7 +132,7 @@ def spread_placeholders(is_placeholder: Tensor, is_start: Tensor, tokens_per_tub
         raise FusionError(
             f"a video's span has {placeholders} placeholder tokens after {starts} start token(s), expected "
             f"{int(tokens_per_tubelet.sum())} after {len(tokens_per_tubelet)}; prepare text and videos with one "
-            "processor"
+            "processor, and cut no text inside a video"
         )
     # A token's key is twice the number of text tokens before or at it: placeholders of a tubelet come right after its
     # start token, before the next text token. The sort is stable, so the placeholders stay in order.

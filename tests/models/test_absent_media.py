@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_vlm import NemotronVL, NemotronVLConfig
+from lightning_vlm.data.collate import PackedCollate, PaddedCollate
 from lightning_vlm.models import absent_media
 from lightning_vlm.models.parts import PARTS
 from lightning_vlm.segments import cu_seqlens_from_lengths
 from lightning_vlm.training.freezing import freeze
+from tests.fixtures.media_samples import ALL_MEDIA, media_processor, varied_samples
 
 ROWS = [[12], [5], [70]]
 
@@ -234,3 +236,87 @@ def test_generation_with_whole_parameters_leaves_the_tower_alone(make_model, mak
     passes = count_passes(model)
     model.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert not passes
+
+
+# Videos and sounds
+
+
+@pytest.fixture
+def all_media(make_model, shake):
+    return shake(make_model(pattern="M*-", **ALL_MEDIA)).train()
+
+
+def own_parts(model: NemotronVL) -> dict[str, torch.nn.Module]:
+    """What only one kind of media reaches."""
+    embeddings = model.vision_model.embeddings
+    return {
+        "image": embeddings.patch_projection,
+        "video": embeddings.video_patch_projection,
+        "sound": torch.nn.ModuleList([model.audio_tower, model.embed_audio]),
+    }
+
+
+KINDS_OF = [{"image", "video", "sound"}, set(), {"video"}, {"image"}, {"sound"}]  # of `varied_samples`
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("row", range(5))
+def test_absent_kinds_get_zero_gradients_and_change_no_bit(all_media, monkeypatch, row, packed):
+    model, item = all_media, varied_samples(media_processor(0.5))[row]
+    batch = (PackedCollate() if packed else PaddedCollate(0))([item])
+    results = []
+    for runs in (True, False):
+        if not runs:
+            monkeypatch.setattr(absent_media, "needs_absent_medium", lambda *_: False)
+        torch.manual_seed(1)
+        output = model(**batch.model_inputs(), labels=batch.labels)
+        output.loss.backward()
+        for kind, part in own_parts(model).items():
+            found = [parameter.grad for parameter in part.parameters()]
+            if kind in KINDS_OF[row]:
+                assert any(gradient is not None and gradient.any() for gradient in found), kind
+            elif runs:
+                assert all(gradient is not None and not gradient.any() for gradient in found), kind
+            else:
+                assert all(gradient is None for gradient in found), kind
+        reached = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        results.append({"loss": output.loss, "logits": output.logits, "random": torch.rand(4), **reached})
+        model.zero_grad()
+    assert results[0].keys() == results[1].keys()
+    for name, expected in results[1].items():
+        # The towers' own passes add zeros to what other media gave: 0.0 and -0.0 are equal here.
+        assert torch.equal(results[0][name], expected), name
+
+
+@pytest.mark.parametrize("rows", [[0], [1], [2], [3], [4], [1, 2], [2, 4]], ids=str)
+def test_passes_are_the_same_in_every_batch(all_media, rows):
+    # Ranks must call the same collectives in the same order, whatever their batches hold.
+    model, seen = all_media, []
+    model.vision_model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    model.audio_tower.register_forward_pre_hook(lambda *_: seen.append("sound"))
+    items = varied_samples(media_processor(0.5))
+    model(**PaddedCollate(0)([items[row] for row in rows]).model_inputs())
+    assert seen == [192, 384, "sound"]
+
+
+def test_frozen_parts_of_one_kind_are_left_alone(all_media):
+    model, seen = all_media, []
+    model.vision_model.embeddings.video_patch_projection.requires_grad_(False)
+    model.audio_tower.requires_grad_(False)
+    model.embed_audio.requires_grad_(False)
+    model.vision_model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    model.audio_tower.register_forward_pre_hook(lambda *_: seen.append("sound"))
+    model(**PaddedCollate(0)(varied_samples(media_processor())[1:2]).model_inputs())
+    assert seen == [192]
+
+
+def test_a_sound_tower_that_is_not_finite_reaches_nothing(all_media):
+    with torch.no_grad():
+        all_media.audio_tower.layers[0].feed_forward1.linear1.weight[0, 0] = torch.nan
+        all_media.vision_model.embeddings.video_patch_projection.weight[0, 0] = torch.inf
+    batch = PaddedCollate(0)(varied_samples(media_processor())[3:4])
+    loss = all_media(**batch.model_inputs(), labels=batch.labels).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in all_media.parameters() if p.grad is not None)
+    assert all(p.grad is not None for part in own_parts(all_media).values() for p in part.parameters())
