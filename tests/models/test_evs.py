@@ -335,8 +335,8 @@ def test_padded_is_packed_is_one_by_one(seeing: NemotronVL, rate: float) -> None
     loss, logits, grads = results.pop()
     for other_loss, other_logits, other_grads in results:
         torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
-        torch.testing.assert_close(other_logits, logits, rtol=0, atol=5e-6)  # worst measured: 5e-7 at logits up to 3
-        assert_same_gradients(other_grads, grads, 3e-6)  # worst measured: 4e-7
+        torch.testing.assert_close(other_logits, logits, rtol=0, atol=5e-6)  # worst measured: 6.0e-7 at logits up to 3
+        assert_same_gradients(other_grads, grads, 3e-6)  # worst measured: 6.5e-7
 
 
 def test_labels_move_with_their_tokens(seeing: NemotronVL) -> None:
