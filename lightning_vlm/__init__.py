@@ -14,11 +14,12 @@ The whole way of a sample, and where to look for each thing on it:
     VLMBatch         data/collate.py         padded rows, or one packed row with cu_seqlens (schema.py)
     boundaries       segments.py             the one place that knows where a document of a packed row ends
     model            models/nemotron_vl.py   RADIO -> pixel shuffle -> projector -> fusion -> hybrid LM
+    its parts        models/parts.py         the map by which they are frozen, trained and told; models/architecture.py
     packed layers    ops/ssd.py              the Mamba scan with resets; ops/causal_conv.py, attention.py, mamba.py
     loss             training/losses.py      sum of token losses, divided by the label tokens of the whole step
     step, scores     module.py               NemotronVLModule; training/optim.py, freezing.py, metrics.py
     nothing lost     data/ledger.py          every planned sample accounted for; training/isolation.py proves packing
-    command line     cli.py                  lightning-vlm fit | validate | test | predict | plan | doctor
+    command line     cli.py                  lightning-vlm fit | validate | test | predict; commands/ look before a run
 
 Names of NeMo AutoModel, for those who migrate, are in automodel/. Each file opens by saying what it is. Rooms import
 only from lower steps; tests/test_house.py holds them to it.

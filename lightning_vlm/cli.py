@@ -1,4 +1,4 @@
-"""The command line: ``lightning-vlm fit|validate|test|predict|check|plan|doctor``, a LightningCLI without sharp edges.
+"""The command line: ``lightning-vlm fit|validate|test|predict|check|plan|...``, a LightningCLI without sharp edges.
 
 Abbreviated options are errors, unknown keys get a suggestion, each run folder keeps its config, W&B works logged in,
 logged out and absent, and wrong data ends in one sentence instead of a traceback.
@@ -30,6 +30,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning_vlm.callbacks.predictions import PredictionTable
 from lightning_vlm.callbacks.throughput import Throughput
 from lightning_vlm.commands.check import check_data
+from lightning_vlm.commands.describe import planned_network, print_description
 from lightning_vlm.commands.doctor import examine
 from lightning_vlm.commands.plan import planned_ranks, print_plan
 from lightning_vlm.commands.preview import print_preview
@@ -38,8 +39,8 @@ from lightning_vlm.module import NemotronVLModule
 from lightning_vlm.schema import DataError
 from lightning_vlm.training.isolation import IsolationError
 
-_SUBCOMMANDS = ("fit", "validate", "test", "predict", "check", "preview", "plan", "doctor")
-_WITHOUT_TRAINER = ("check", "preview", "plan", "doctor")
+_SUBCOMMANDS = ("fit", "validate", "test", "predict", "check", "preview", "plan", "describe", "doctor")
+_WITHOUT_TRAINER = ("check", "preview", "plan", "describe", "doctor")
 _UNKNOWN = re.compile(
     r"unrecognized arguments: -*(?P<a>[\w.\-]+)"
     r"|Option '(?P<b>[^']+)' is not accepted"
@@ -140,6 +141,13 @@ class VLMTrainer(L.Trainer):
             picture: PNG file to draw, in trainer.default_root_dir unless it is absolute; empty for none.
         """
 
+    def describe(self, save: str | None = None) -> None:
+        """Prints what the model consists of, trainable or frozen, and its memory; no weights are read or allocated.
+
+        Args:
+            save: File to write the same text to.
+        """
+
     def doctor(self) -> None:
         """Tells which kernels run here and why, and proves that packed documents are isolated."""
 
@@ -198,10 +206,15 @@ class VLMCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Ends wrong settings in one sentence and exit code 2."""
         try:
-            if self.subcommand in _WITHOUT_TRAINER:  # a laptop may plan for machines that it has not
+            if self.subcommand == "describe":  # of the data, nothing need be there
+                config = self.config.describe
+                self.model = planned_network(config.model.as_dict(), config.trainer.precision)
+            elif self.subcommand in _WITHOUT_TRAINER:  # a laptop may plan for machines that it has not
                 self.datamodule = VLMDataModule(**self.config[self.subcommand].data.as_dict())
             else:
                 super().instantiate_classes()
+        except DataError:  # a problem in what settings name, not in the settings
+            raise
         except (ValueError, NotImplementedError, MisconfigurationException) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
@@ -211,6 +224,9 @@ class VLMCLI(LightningCLI):
         if subcommand == "check":  # flags that take no value, which parameters of a method cannot be
             parser.add_argument("--decode", action="store_true", help="Read media in full, not their headers alone.")
             parser.add_argument("--json", action="store_true", help="Print one JSON object with all errors.")
+        if subcommand == "describe":
+            parser.add_argument("--detailed", action="store_true", help="Also print the layers inside the parts.")
+            parser.add_argument("--json", action="store_true", help="Print one JSON object with all numbers.")
         if subcommand == "preview":
             parser._option_string_actions["-n"] = parser._option_string_actions["--count"]
         return parser
@@ -226,6 +242,9 @@ class VLMCLI(LightningCLI):
             page = Path(config.trainer.default_root_dir or ".", config.page) if config.page else None
             shown = print_preview(self.datamodule, config.count, config.split, page, config.indices, config.source)
             self.exit_code = 0 if shown else 1
+        elif subcommand == "describe":
+            config = self.config.describe
+            print_description(self.model, config.trainer.precision, config.detailed, config.json, config.save)
         elif subcommand == "plan":
             config = self.config.plan
             ranks = config.ranks or planned_ranks(config.trainer) or 1

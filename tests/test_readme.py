@@ -50,7 +50,8 @@ def test_python_blocks(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_command_lines(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(demo)
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("lightning-vlm ")]
-    assert [line.split()[1] for line in lines] == ["fit", "fit", "predict", "check", "preview", "plan", "doctor"]
+    commands = ["fit", "fit", "predict", "check", "preview", "plan", "describe", "doctor"]
+    assert [line.split()[1] for line in lines] == commands
     for steps, line in enumerate(lines, start=1):
         command = line.split()[1]
         limits = {"fit": ["--trainer.max_steps", str(2 * steps), *SHORT], "predict": SHORT[-2:]}.get(command, [])
@@ -61,6 +62,8 @@ def test_command_lines(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     printed = capsys.readouterr().out
     for line in ("samples   4,697", "packing isolation: max|d| = "):
         assert line in printed
+    (described,) = [block for block in blocks("text") if block.startswith("component ")]
+    assert described in printed
 
 
 def test_rows_parse() -> None:

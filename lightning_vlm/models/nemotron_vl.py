@@ -12,6 +12,7 @@ are the released ones.
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lightning_vlm.models.architecture import print_architecture
 from lightning_vlm.models.audio import encode_sounds, make_audio_projector, make_audio_tower
 from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.evs import prune_videos
@@ -133,6 +135,15 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """The language-model head."""
         return self.language_model.lm_head
+
+    def print_architecture(self, detailed: bool = False, save_to_file: str | os.PathLike[str] | None = None) -> None:
+        """Prints parameters, memory and share of each component, trainable or frozen.
+
+        Args:
+            detailed: Also the layers inside the parts, and what one token meets of a mixture of experts.
+            save_to_file: Where to write the same text, besides.
+        """
+        print_architecture(self, detailed, save_to_file)
 
     def get_image_features(self, pixel_values: Tensor, image_grid_hw: Tensor) -> tuple[Tensor, list[int]]:
         """Images as language-model tokens.

@@ -1,0 +1,128 @@
+"""``lightning-vlm describe``: the model of a run in numbers, before a weight is read or allocated.
+
+The network is made by the module that a run would make, on the meta device, from its config alone: a model of any size
+is described in seconds on any machine, with the parts frozen that the run freezes. Training memory is what follows from
+the numbers of weights; activations depend on the batches, and sharding on the strategy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import CONFIG_NAME
+
+from lightning_vlm.models.architecture import Architecture, aligned, describe_architecture, format_bytes, save_text
+from lightning_vlm.models.nemotron_vl import NemotronVL
+from lightning_vlm.module import NemotronVLModule
+from lightning_vlm.schema import DataError
+
+# Lightning keeps weights in this dtype; with "mixed" precision they stay float32, and only computing is in half.
+_DTYPES = {
+    **dict.fromkeys(("64-true", "64"), torch.float64),
+    **dict.fromkeys(("bf16-true", "transformer-engine"), torch.bfloat16),
+    **dict.fromkeys(("16-true", "transformer-engine-float16"), torch.float16),
+}
+_ADAMW_STATES = 2  # exp_avg and exp_avg_sq, in the dtype of the weights
+
+
+def planned_network(options: dict[str, Any], precision: str | int | None) -> NemotronVL:
+    """The network of a run on the meta device.
+
+    Args:
+        options: Of `NemotronVLModule`.
+        precision: Of the Trainer.
+
+    Raises:
+        DataError: If the model's folder holds no config.
+        ValueError: If the options describe no model.
+    """
+    module = NemotronVLModule(**{**options, "init": "random"})  # random: of a folder, its config is read alone
+    name = options.get("model_id")
+    if name is not None and Path(name).is_dir() and not Path(name, CONFIG_NAME).is_file():
+        raise _no_config(name, f"it has no {CONFIG_NAME}")  # transformers would make a model of its defaults
+    try:
+        with torch.device("meta"):
+            network = module.network
+    except OSError as error:
+        raise _no_config(name, (str(error).splitlines() or [type(error).__name__])[0]) from error
+    except StrictDataclassError as error:
+        raise ValueError(f"the model's config is wrong: {' '.join(str(error).split())}") from error
+    return network.to(dtype=_DTYPES.get(str(precision), torch.float32))
+
+
+def print_description(
+    network: NemotronVL,
+    precision: str | int | None = None,
+    detailed: bool = False,
+    as_json: bool = False,
+    save: str | os.PathLike[str] | None = None,
+) -> None:
+    """Prints what a model consists of, and what memory its training takes.
+
+    Args:
+        network: The model, frozen as in the run.
+        precision: Of the Trainer, for the first line.
+        detailed: Also the inside of its parts.
+        as_json: Print for machines: one JSON object.
+        save: Where to write the same text, besides.
+
+    Raises:
+        DataError: If the file cannot be written.
+    """
+    architecture = describe_architecture(network, detailed)
+    precision = str(precision or "32-true")
+    dtype = str(_DTYPES.get(precision, torch.float32)).removeprefix("torch.")
+    memory = training_memory(architecture)
+    if as_json:
+        data = {"precision": precision, "dtype": dtype, **architecture.to_dict(), "training_memory_bytes": memory}
+        text = json.dumps(data, indent=2)
+    else:
+        width = _DTYPES.get(precision, torch.float32).itemsize
+        text = (
+            f"trainer.precision {precision}: {width} bytes a parameter ({dtype}); no weights were read\n\n"
+            f"{architecture}\n\n{_memory_text(memory)}"
+        )
+    print(text)
+    if save is not None:
+        try:
+            save_text(text, save)
+        except OSError as error:
+            raise DataError(
+                "--save", f"{os.fspath(save)!r} cannot be written ({error.strerror})", "name another"
+            ) from error
+
+
+def training_memory(architecture: Architecture) -> dict[str, int]:
+    """Bytes of a training's weights, gradients and optimizer states on one device that holds all of them.
+
+    Args:
+        architecture: The model, frozen as in the run.
+    """
+    total = architecture.total
+    parts = {
+        "weights": total.parameter_bytes + total.fixed_bytes,
+        "gradients": total.trainable_bytes,
+        "adamw": _ADAMW_STATES * total.trainable_bytes,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _memory_text(memory: dict[str, int]) -> str:
+    formulas = {
+        "weights": "parameters and fixed values",
+        "gradients": "one for each trainable parameter, in its dtype",
+        "adamw": f"{_ADAMW_STATES} for each trainable parameter, in its dtype",
+        "total": "activations come on top; sharding over devices is not considered",
+    }
+    header = ("training", "memory", "")
+    return aligned([header, *((name, format_bytes(memory[name]), formulas[name]) for name in formulas)], left=(0, 2))
+
+
+def _no_config(name: Any, reason: str) -> DataError:
+    problem = f"{str(name)!r} holds no config that can be read ({reason})"
+    return DataError("model.model_id", problem, f"name a folder with a {CONFIG_NAME}, or set model.config")
