@@ -48,6 +48,7 @@ bench: $(VENV)/.installed  ## Measure the claims, each beside its peer
 	$(BIN)/python benchmarks/image_path.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/video_memory.py
 
 clean:  ## Remove the environment, data and runs
 	rm -rf $(VENV) data runs
