@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from lightning_vlm.cli import main
+from lightning_vlm.data import synthetic_media
 from lightning_vlm.data.synthetic import write_digits
+from lightning_vlm.data.synthetic_media import write_beeps, write_videos
 from lightning_vlm.sources.formats import parse_row
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory as after ``make demo``'s first step."""
     folder = tmp_path_factory.mktemp("clone")
     write_digits(folder / "data" / "digits", progress=False)
+    with pytest.MonkeyPatch.context() as fewer:  # what the two lines of synthetic_media write, shortened
+        few = {"train": 64, "val": 4, "heldout": 4}
+        fewer.setattr(synthetic_media, "ROWS", {"videos": few, "beeps": few})
+        write_videos(folder / "data" / "digits_video", progress=False)
+        write_beeps(folder / "data" / "beeps", progress=False)
     (folder / "configs").symlink_to(ROOT / "configs")
     return folder
 
@@ -50,7 +57,7 @@ def test_python_blocks(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_command_lines(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(demo)
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("lightning-vlm ")]
-    commands = ["fit", "fit", "predict", "check", "preview", "plan", "describe", "doctor"]
+    commands = ["fit", "fit", "predict", "check", "preview", "plan", "describe", "doctor", "fit", "fit", "fit"]
     assert [line.split()[1] for line in lines] == commands
     for steps, line in enumerate(lines, start=1):
         command = line.split()[1]
