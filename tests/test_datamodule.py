@@ -566,11 +566,21 @@ class TestProcessorOptions:
         processors.append(tiny_processor(sound={**TINY_SOUND, "clip_s": 2.0}))
         assert len({processor_fingerprint(processor) for processor in processors}) == len(processors)
 
+    def test_come_dotted_from_the_command_line(self, tmp_path):
+        tiny_processor(video={"num_frames": 8}).save_pretrained(tmp_path)
+        options = {"video.pruning_rate": 0.5, "video.fps": None, "max_num_patches": 64}
+        processor = VLMDataModule(processor=str(tmp_path), processor_options=options).processor
+        assert processor.video == {"num_frames": 8, "pruning_rate": 0.5, "fps": None}
+        assert processor.geometry.max_num_patches == 64
+
     def test_wrong_ones_are_told(self, tmp_path):
         tiny_processor(video=TINY_VIDEO).save_pretrained(tmp_path)
         wrong = VLMDataModule(processor=str(tmp_path), processor_options={"video": {"frame_rate": 2}})
         with pytest.raises(DataError, match=r"data\.processor_options: \['video'\] do not fit: .*frame_rate"):
             _ = wrong.processor
+        unknown = VLMDataModule(processor=str(tmp_path), processor_options={"max_patches": 2})
+        with pytest.raises(DataError, match=r"the processor has no option 'max_patches'; expected some of .*max_num_p"):
+            _ = unknown.processor
         made = VLMDataModule(processor=tiny_processor(), processor_options={"max_num_patches": 64})
         with pytest.raises(DataError, match="given beside a NemotronVLProcessor that is made already"):
             _ = made.processor

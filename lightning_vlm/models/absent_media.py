@@ -109,7 +109,7 @@ def _parts(model: Any, kind: str) -> tuple[tuple[nn.Module, ...], tuple[nn.Modul
     if kind == "image":
         return path, path
     embedder = model.vision_model.embeddings.video_patch_projection
-    return path, () if embedder is None else (embedder,)
+    return ((), ()) if embedder is None else (path, (embedder,))  # without one, frames go the way of images
 
 
 class _WeightZero(torch.autograd.Function):

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from lightning_vlm.models.absent_media import absent_features, weight_zero
 from lightning_vlm.models.config import NemotronVLConfig
-from lightning_vlm.models.evs import lay_out_videos
+from lightning_vlm.models.evs import lay_out_videos, prune_videos
 from lightning_vlm.models.fusion import FusionError, fuse, placeholders_per_row, refuse_placeholders
 from lightning_vlm.segments import Documents
 
@@ -146,7 +146,12 @@ def encode_media(model: Any, media: MediaInputs, cache: Cache | None) -> tuple[d
     """
     found: dict[Kind, Features] = {}
     absent: list[Tensor] = []
+    frames_are_images = model.vision_model.embeddings.video_patch_projection is None and media.has("video")
+    if frames_are_images and media.has("image"):
+        found = _encode_together(model, media)
     for kind in KINDS:
+        if kind in found or (kind == "image" and frames_are_images):
+            continue
         if media.has(kind):
             found[kind] = _encode(model, media, kind)
         elif (features := absent_features(model, kind, cache)) is not None:
@@ -235,8 +240,26 @@ def _encode(model: Any, media: MediaInputs, kind: Kind) -> Features:
         grids = _described("pixel_values", "image_grid_hw", media.image_grid_hw)
         return Features(*model.get_image_features(media.pixel_values, grids))
     grids = _described("pixel_values_videos", "video_grid_thw", media.video_grid_thw)
-    values, kept = model.get_video_features(media.pixel_values_videos, grids, media.num_video_tokens)
-    counts = [int(counts.sum()) for counts in kept]
+    return _videos(*model.get_video_features(media.pixel_values_videos, grids, media.num_video_tokens), grids, model)
+
+
+def _encode_together(model: Any, media: MediaInputs) -> dict[Kind, Features]:
+    """Images and videos whose frames are images to the tower, in one pass: ranks with both and with one keep step."""
+    images: Any = media.pixel_values
+    image_grids = _described("pixel_values", "image_grid_hw", media.image_grid_hw)
+    videos = _described("pixel_values_videos", "video_grid_thw", media.video_grid_thw)
+    frame_grids = videos[:, 1:].repeat_interleave(videos[:, 0], dim=0)
+    patches = torch.cat([images, media.pixel_values_videos])
+    features, counts = model.get_image_features(patches, torch.cat([image_grids, frame_grids]))
+    counts = counts[: len(image_grids)]
+    wanted = None if media.num_video_tokens is None else media.num_video_tokens.tolist()
+    sizes = [(frames, rows * columns // model.config.merge_size**2) for frames, rows, columns in videos.tolist()]
+    video = _videos(*prune_videos(features[sum(counts) :], sizes, wanted), videos, model)
+    return {"image": Features(features[: sum(counts)], counts), "video": video}
+
+
+def _videos(values: Tensor, kept: list[Tensor], grids: Tensor, model: Any) -> Features:
+    counts = [int(own.sum()) for own in kept]
     whole = (grids.prod(-1) // model.config.merge_size**2).tolist()
     return Features(values, counts, None if counts == whole else kept)
 

@@ -28,6 +28,9 @@ from lightning_vlm.processing.media_layout import SoundLayout, media_sizes
 from lightning_vlm.processing.media_tensors import image_tensors, sound_tensors, video_tensors
 from lightning_vlm.processing.pieces import SOUND, VideoPiece, tokenize_pieces
 
+IMAGE_OPTIONS = frozenset({*NemotronVLImageKwargs.__annotations__, "do_normalize", "image_mean", "image_std"})
+"""Options of `NemotronVLImageProcessor` that a call or a config may give."""
+
 _PADDING = ("padding", "max_length", "padding_side", "pad_to_multiple_of")
 
 
@@ -97,8 +100,7 @@ def pop_image_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     Args:
         kwargs: Changed in place.
     """
-    names = {*NemotronVLImageKwargs.__annotations__, "do_normalize", "image_mean", "image_std"}
-    return {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+    return {name: kwargs.pop(name) for name in list(kwargs) if name in IMAGE_OPTIONS}
 
 
 def _with_image_options(processor: Any, options: dict[str, Any]) -> Any:

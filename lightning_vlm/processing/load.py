@@ -7,7 +7,8 @@ from typing import Any
 from transformers import AutoProcessor
 from transformers.image_processing_base import ImageProcessingMixin
 
-from lightning_vlm.processing.processor import NemotronVLProcessor
+from lightning_vlm.processing.calls import IMAGE_OPTIONS
+from lightning_vlm.processing.processor import OWN_OPTIONS, NemotronVLProcessor
 from lightning_vlm.processing.registry import FAMILIES
 
 
@@ -16,19 +17,35 @@ def load_processor(name: str, options: dict[str, Any] | None = None) -> Any:
 
     Args:
         name: Folder or, if the hub may be reached, repository.
-        options: In place of what was saved with it.
+        options: In place of what was saved with it; ``{"video.fps": 1.0}`` means ``{"video": {"fps": 1.0}}``.
 
     Returns:
         A `NemotronVLProcessor`, unless the folder names the class of another family.
 
     Raises:
         OSError: If there is none.
+        TypeError: If ours knows no such option.
         ValueError: If its class is neither ours nor one of transformers.
     """
+    options = _nested(options or {})
     family = FAMILIES.get(_saved_class(name), "nemotron_omni")
     if family == "nemotron_omni":
-        return NemotronVLProcessor.from_pretrained(name, **(options or {}))
-    return AutoProcessor.from_pretrained(name, trust_remote_code=False, **(options or {}))
+        known = {*OWN_OPTIONS, *IMAGE_OPTIONS}
+        if unknown := sorted(set(options) - known):  # from_pretrained would take it for one of a download
+            raise TypeError(f"the processor has no option {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
+        return NemotronVLProcessor.from_pretrained(name, **options)
+    return AutoProcessor.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def _nested(options: dict[str, Any]) -> dict[str, Any]:
+    """Dotted names, as the command line gives them, as dicts in dicts."""
+    nested: dict[str, Any] = {}
+    for name, value in options.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            value = {**nested.get(first, {}), **_nested({rest: value})}
+        nested[first] = {**nested.get(first, {}), **value} if isinstance(value, dict) else value
+    return nested
 
 
 def _saved_class(name: str) -> str:

@@ -95,9 +95,9 @@ class NemotronVLProcessor(ProcessorMixin):
             **kwargs: Options of this class, of the image processor, or of the hub download.
         """
         image_options = pop_image_options(kwargs)
-        given = {name: kwargs.pop(name) for name in _OWN_OPTIONS if name in kwargs}
+        given = {name: kwargs.pop(name) for name in OWN_OPTIONS if name in kwargs}
         saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        own = {name: saved[name] for name in _OWN_OPTIONS if name in saved}
+        own = {name: saved[name] for name in OWN_OPTIONS if name in saved}
         if saved.get("processor_class") != cls.__name__:
             released, video, sound = released_options(read_config(pretrained_model_name_or_path, **kwargs))
             image_options, own = {**released, **image_options}, {"video": video, "sound": sound, **own}
@@ -367,7 +367,7 @@ class NemotronVLProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", *told_apart, *media]
 
 
-_OWN_OPTIONS = (
+OWN_OPTIONS = (
     "image_token",
     "image_start_token",
     "image_end_token",
