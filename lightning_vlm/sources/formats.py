@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from lightning_vlm.schema import ROLES, Conversation, DataError, MediaRef, Part, Role, Text, Turn
+from lightning_vlm.schema import ROLES, Conversation, DataError, MediaRef, Part, Role, Text, Turn, VideoRef
 from lightning_vlm.sources.slots import (
     IMAGE,
     MEDIA_KINDS,
     SLOTS,
+    VIDEO,
     MediaKind,
     fill_slots,
     kind_of,
@@ -260,7 +261,7 @@ def _parse_part(item: Any, number: int, tags: list[MediaKind], source: str) -> l
                 if given is None:
                     return [SLOTS[kind.name]]
                 if (ref := reference(given, kind)) is not None:
-                    return [kind.make(ref)]
+                    return [VideoRef(ref, _frame_rate(item, number, source)) if kind is VIDEO else kind.make(ref)]
     raise DataError(
         source,
         f"turn {number} has the part {short(item)}, expected {{'type': 'text', 'text': ...}} or "
@@ -268,6 +269,21 @@ def _parse_part(item: Any, number: int, tags: list[MediaKind], source: str) -> l
         "rewrite the part",
         "unknown part",
     )
+
+
+def _frame_rate(item: dict[str, Any], number: int, source: str) -> float | None:
+    """Frames per second of a video part that is a list of frames, where it says so."""
+    rate = item.get("fps")
+    if rate is None:
+        return None
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
+        raise DataError(
+            source,
+            f"a video of turn {number} has the fps {short(rate)}, expected frames per second above 0",
+            "correct it, or leave it out",
+            "bad frame rate",
+        )
+    return float(rate)
 
 
 def _is_nan(value: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lightning_vlm.schema import DataError, ImageRef, Text, Turn
+from lightning_vlm.schema import DataError, ImageRef, Text, Turn, VideoRef
 from lightning_vlm.sources.formats import RowFormat, parse_row
 from lightning_vlm.sources.json_files import JsonSource
 from lightning_vlm.sources.open import open_sources
@@ -215,3 +215,11 @@ def assert_one_sentence(message: str) -> None:
     assert message.endswith(".")
     assert "\n" not in message
     assert not re.search(r"\. [A-Z]", message)
+
+
+def test_frames_may_say_how_fast_they_follow_each_other() -> None:
+    parts = [{"type": "video", "video": ["a.png", "b.png"], "fps": 2}, {"type": "video", "video": "clip.mp4"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]}
+    frames, clip = parse_row(row, "rows.jsonl:1").media
+    assert frames == VideoRef(("a.png", "b.png"), 2.0)
+    assert clip == VideoRef("clip.mp4", None)
