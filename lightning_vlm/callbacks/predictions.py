@@ -1,14 +1,13 @@
 """PredictionTable: what the model answered, beside what it saw, for people to look at.
 
-After validation and test it writes an HTML page (self-contained, images as the model saw them) and, with a W&B
-logger, a table; after prediction also a JSONL file with every answer. The same samples each time, so pages compare.
+After validation and test it writes an HTML page (self-contained, images as the model saw them, a few frames of videos,
+spectrograms of sounds) and, with a W&B logger, a table; after prediction also a JSONL file with every answer. The same
+samples each time, so pages compare.
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -22,9 +21,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
+from lightning_vlm.data.preview_page import data_uri
+from lightning_vlm.data.preview_sound import draw_spectrogram
+from lightning_vlm.media.frames import patches_to_frames
 from lightning_vlm.media.image import patches_to_pixels
 from lightning_vlm.schema import VLMBatch, file_of
 from lightning_vlm.training.metrics import SCORES
+
+MOST_FRAMES = 4
+"""Frames that are shown of a video."""
+
+_FRAME_SIDE = 128  # larger frames are reduced: a page holds those of many rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,7 @@ class Prediction:
         references: Accepted answers; empty when the row holds none.
         answer: The model's answer.
         scores: Score by name; empty without references.
-        images: What the model saw.
+        images: What the model saw and heard: images, then frames of videos, then spectrograms of sounds.
     """
 
     source: str
@@ -80,19 +87,19 @@ class PredictionTable(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: VLMBatch, *args: Any
     ) -> None:
         """Keeps some of the batch's predictions."""
-        self._collect(trainer, outputs, batch)
+        self._collect(trainer, pl_module, outputs, batch)
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: VLMBatch, *args: Any
     ) -> None:
         """Keeps some of the batch's predictions."""
-        self._collect(trainer, outputs, batch)
+        self._collect(trainer, pl_module, outputs, batch)
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: VLMBatch, *args: Any
     ) -> None:
-        """Keeps every answer, and some with their images."""
-        self._collect(trainer, outputs, batch)
+        """Keeps every answer, and some with their media."""
+        self._collect(trainer, pl_module, outputs, batch)
         self._lines += [
             {"source": source, "prompt": prompt, "answer": answer}
             for source, prompt, answer, counted in zip(
@@ -127,13 +134,20 @@ class PredictionTable(L.Callback):
     def _clear(self) -> None:
         self._rows, self._lines = {}, []
 
-    def _collect(self, trainer: L.Trainer, outputs: Any, batch: VLMBatch) -> None:
+    def _collect(self, trainer: L.Trainer, module: Any, outputs: Any, batch: VLMBatch) -> None:
         if not trainer.is_global_zero or not outputs or "answers" not in outputs:
             return
+        # A patch does not tell of how many frames it is; the model knows.
+        frames_per_tubelet = 1 if batch.pixel_values_videos is None else module.model.config.frames_per_tubelet
         for row, source in enumerate(batch.sources):
             kept = self._rows.setdefault(file_of(source), [])
             if len(kept) < self.max_rows and batch.counted[row]:
-                kept.append(_prediction(batch, row, outputs["answers"][row], trainer.predicting))
+                images = [
+                    *sample_images(batch, row),
+                    *sample_frames(batch, row, frames_per_tubelet),
+                    *sample_spectrograms(batch, row),
+                ]
+                kept.append(_prediction(batch, row, outputs["answers"][row], trainer.predicting, tuple(images)))
 
     def _chosen(self) -> list[Prediction]:
         """The kept rows, one of each file in turn."""
@@ -179,6 +193,43 @@ def sample_images(batch: VLMBatch, row: int) -> list[Image.Image]:
     return images
 
 
+def sample_frames(batch: VLMBatch, row: int, frames_per_tubelet: int) -> list[Image.Image]:
+    """A few frames of each video of one row, evenly taken and, where they are large, reduced.
+
+    Args:
+        batch: A batch with uint8 patches.
+        row: The row.
+        frames_per_tubelet: Frames that share a patch.
+    """
+    patches, grids, counts = batch.pixel_values_videos, batch.video_grid_thw, batch.num_videos
+    if patches is None or grids is None or counts is None or patches.dtype != torch.uint8:
+        return []
+    own = slice(int(counts[:row].sum()), int(counts[: row + 1].sum()))
+    videos = patches.split(grids.prod(dim=1).tolist())
+    shown = []
+    for video, (_, rows, columns) in zip(videos[own], grids.tolist()[own], strict=True):
+        frames = patches_to_frames(video.cpu(), (rows, columns), frames_per_tubelet)
+        chosen = torch.linspace(0, len(frames) - 1, min(MOST_FRAMES, len(frames))).round().long()
+        shown += [Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()) for frame in frames[chosen]]
+    for picture in shown:
+        picture.thumbnail((_FRAME_SIDE, _FRAME_SIDE))
+    return shown
+
+
+def sample_spectrograms(batch: VLMBatch, row: int) -> list[Image.Image]:
+    """What the model heard in one row: a picture of all its clips, one after another; none without a sound.
+
+    Args:
+        batch: A batch.
+        row: The row.
+    """
+    features, mask, counts = batch.input_features, batch.input_features_mask, batch.num_clips
+    if features is None or mask is None or counts is None or not counts[row]:
+        return []
+    own = slice(int(counts[:row].sum()), int(counts[: row + 1].sum()))
+    return [draw_spectrogram(features[own][mask[own]].float().cpu().numpy())]
+
+
 def render_page(rows: list[Prediction], title: str) -> str:
     """A self-contained HTML page of predictions.
 
@@ -187,11 +238,13 @@ def render_page(rows: list[Prediction], title: str) -> str:
         title: Shown on top.
     """
     names = list(SCORES)
-    head = "".join(f"<th>{name}</th>" for name in ("image", "prompt", "target", "answer", *names))
+    head = "".join(f"<th>{name}</th>" for name in ("media", "prompt", "target", "answer", *names))
     body = "".join(_render_row(row, names) for row in rows)
     means = {name: [row.scores[name] for row in rows if name in row.scores] for name in names}
     summary = ", ".join(f"{name} {sum(values) / len(values):.3f}" for name, values in means.items() if values)
-    return _PAGE.format(title=html.escape(title), count=len(rows), summary=summary, head=head, body=body)
+    return _PAGE.format(
+        title=html.escape(title), count=len(rows), most_frames=MOST_FRAMES, summary=summary, head=head, body=body
+    )
 
 
 def _position(source: str, trainer: L.Trainer) -> tuple[int, str, int]:
@@ -201,16 +254,16 @@ def _position(source: str, trainer: L.Trainer) -> tuple[int, str, int]:
     return files.index(file) if file in files else len(files), file, int(source.rpartition(":")[2])
 
 
-def _prediction(batch: VLMBatch, row: int, answer: str, predicting: bool) -> Prediction:
+def _prediction(
+    batch: VLMBatch, row: int, answer: str, predicting: bool, images: tuple[Image.Image, ...]
+) -> Prediction:
     references = () if predicting else batch.references[row]
     scores = {
         name: max(score.score(answer, reference) for reference in references)
         for name, score in SCORES.items()
         if references
     }
-    return Prediction(
-        batch.sources[row], batch.prompts[row], references, answer, scores, tuple(sample_images(batch, row))
-    )
+    return Prediction(batch.sources[row], batch.prompts[row], references, answer, scores, images)
 
 
 def _to_image(patches: Tensor, grid: tuple[int, int]) -> Image.Image:
@@ -228,17 +281,11 @@ def _side_by_side(images: tuple[Image.Image, ...]) -> Image.Image:
     return sheet
 
 
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def _render_row(row: Prediction, names: list[str]) -> str:
-    images = "".join(f'<img src="{_data_uri(image)}">' for image in row.images) or "<i>text only</i>"
+    images = "".join(f'<img src="{data_uri(image)}">' for image in row.images) or "<i>text only</i>"
     right = row.scores.get("exact_match", 0.0) == 1.0
     cells = [
-        f"<td class=image>{images}</td>",
+        f"<td class=media>{images}</td>",
         f"<td><pre>{html.escape(row.prompt)}</pre><small>{html.escape(row.source)}</small></td>",
         f"<td><pre>{html.escape(' | '.join(row.references))}</pre></td>",
         f"<td class={'right' if right or not row.scores else 'wrong'}><pre>{html.escape(row.answer)}</pre></td>",
@@ -276,12 +323,12 @@ th, td {{ border-bottom: 1px solid #ddd; padding: .5em .8em; text-align: left; v
 th {{ position: sticky; top: 0; background: #fff; }}
 pre {{ margin: 0; font: 13px/1.4 ui-monospace, monospace; white-space: pre-wrap; }}
 small {{ color: #999; }}
-.image img {{ height: 64px; margin-right: 6px; image-rendering: pixelated; border: 1px solid #ddd; }}
+.media img {{ height: 64px; margin-right: 6px; image-rendering: pixelated; border: 1px solid #ddd; }}
 .right pre {{ color: #137333; font-weight: 600; }}
 .wrong pre {{ color: #b3261e; font-weight: 600; }}
 </style>
 <h1>{title}</h1>
-<p>{count} rows, images as the model saw them. {summary}</p>
+<p>{count} rows, images as the model saw them, at most {most_frames} frames of a video. {summary}</p>
 <table><thead><tr>{head}</tr></thead><tbody>
 {body}</tbody></table>
 """

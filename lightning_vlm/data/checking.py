@@ -14,7 +14,7 @@ import numpy as np
 
 from lightning_vlm.data.dataset import SampleDataset
 from lightning_vlm.data.examples import ExampleDataset
-from lightning_vlm.data.lengths import LengthTable, measure_lengths
+from lightning_vlm.data.lengths import MEDIA_KINDS, LengthTable, kinds_to_show, measure_lengths
 from lightning_vlm.data.overlong import find_overlong
 from lightning_vlm.schema import DataError
 
@@ -28,7 +28,11 @@ class SourceCheck:
         rows: Its rows.
         bad: Rows that cannot be used.
         images: Images of the other rows.
-        with_images: Rows with at least one.
+        videos: Their videos.
+        sounds: Their sounds.
+        with_images: Rows with at least one image.
+        with_videos: Rows with at least one video.
+        with_sounds: Rows with at least one sound.
         tokens: Tokens of the other rows; ``None`` where the processor is not one that can tell without encoding.
         repaired: Rows that were changed to make sense of them.
     """
@@ -37,7 +41,11 @@ class SourceCheck:
     rows: int
     bad: int
     images: int
+    videos: int
+    sounds: int
     with_images: int
+    with_videos: int
+    with_sounds: int
     tokens: int | None
     repaired: int
 
@@ -69,18 +77,20 @@ class SplitCheck:
         Args:
             examples: Errors of each kind that are written out.
         """
-        lines = [f"{self.name:<38}{'rows':>12}{'bad':>8}{'images':>12}{'tokens':>16}"]
+        kinds = kinds_to_show(self.sources)
+        lines = [f"{self.name:<38}{'rows':>12}{'bad':>8}{''.join(f'{kind:>12}' for kind in kinds)}{'tokens':>16}"]
         for source in self.sources:
             path = source.path if len(source.path) <= 37 else "..." + source.path[-34:]
             tokens = "-" if source.tokens is None else f"{source.tokens:,}"
-            lines.append(f"{path:<38}{source.rows:>12,}{source.bad:>8,}{source.images:>12,}{tokens:>16}")
-        rows, images = sum(source.rows for source in self.sources), sum(source.images for source in self.sources)
-        with_images, repaired = (sum(getattr(s, name) for s in self.sources) for name in ("with_images", "repaired"))
-        if rows:
-            lines.append(
-                f"images: {images:,} in {with_images:,} of {rows:,} samples" + "; is that meant?" * (not images)
-            )
-        if repaired:
+            media = "".join(f"{getattr(source, kind):>12,}" for kind in kinds)
+            lines.append(f"{path:<38}{source.rows:>12,}{source.bad:>8,}{media}{tokens:>16}")
+        if rows := self._total("rows"):
+            for kind in kinds:
+                count, rows_with = self._total(kind), self._total(f"with_{kind}")
+                lines.append(
+                    f"{kind}: {count:,} in {rows_with:,} of {rows:,} samples" + "; is that meant?" * (not count)
+                )
+        if repaired := self._total("repaired"):
             lines.append(f"notes: in {repaired:,} rows the only image was placed before the first user turn")
         for kind, errors in self.by_kind().items():
             lines += ["", f"{kind}: {len(errors):,}"]
@@ -88,6 +98,9 @@ class SplitCheck:
             if len(errors) > examples:
                 lines.append(f"  ... and {len(errors) - examples:,} more")
         return "\n".join(lines)
+
+    def _total(self, name: str) -> int:
+        return sum(getattr(source, name) for source in self.sources)
 
     def as_data(self) -> dict[str, Any]:
         """Everything, for machines."""
@@ -130,8 +143,8 @@ def check_samples(
                 path=source.path,
                 rows=len(source),
                 bad=bad,
-                images=int(table.images[own].sum()),
-                with_images=int(np.count_nonzero(table.images[own])),
+                **{kind: int(getattr(table, kind)[own].sum()) for kind in MEDIA_KINDS},
+                **{f"with_{kind}": int(np.count_nonzero(getattr(table, kind)[own])) for kind in MEDIA_KINDS},
                 tokens=None if tokens is None else int(tokens[own].sum()),
                 repaired=int(table.repaired[own].sum()),
             )

@@ -41,7 +41,7 @@ class ExampleDataset(SampleDataset):
         return to_example(self.conversation(index), self.policy(index))
 
     def size(self, index: int, decode: bool = False) -> SampleSize:
-        """How many images a row holds, after a look at all of its media; the length is not known.
+        """How many media a row holds, after a look at all of its media; the length is not known.
 
         Raises:
             DataError: If the row or its media are not acceptable.
@@ -56,7 +56,10 @@ class ExampleDataset(SampleDataset):
                 audio_info(medium.ref, policy, conversation.source)
             else:
                 video_info(medium.ref, policy, conversation.source)
-        return SampleSize(0, 0, len(conversation.images), repaired=bool(conversation.notes))
+        images, videos, sounds = (
+            sum(isinstance(medium, kind) for medium in conversation.media) for kind in (ImageRef, VideoRef, AudioRef)
+        )
+        return SampleSize(0, 0, images, videos, sounds, repaired=bool(conversation.notes))
 
 
 class ExampleBatch(dict[str, Any]):

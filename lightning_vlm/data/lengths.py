@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -32,10 +33,16 @@ if TYPE_CHECKING:
 # Workers are forked after the tokenizer was used; its own thread pool would only warn and contend there.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """To be raised when the same data, processor and settings get another length, or the file another form."""
 
-_COLUMNS = {"tokens": "int32", "patches": "int32", "images": "int32", "scaled": "bool", "repaired": "bool"}
+_COLUMNS = {
+    **dict.fromkeys(("tokens", "patches", "images", "videos", "sounds"), "int32"),
+    **dict.fromkeys(("scaled", "repaired"), "bool"),
+}
+
+MEDIA_KINDS = ("images", "videos", "sounds")
+"""Columns that count media."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +55,8 @@ class LengthTable:
         tokens: ``(N,)`` int32.
         patches: ``(N,)`` int32 vision patches.
         images: ``(N,)`` int32 number of images.
+        videos: ``(N,)`` int32 number of videos.
+        sounds: ``(N,)`` int32 number of sounds.
         scaled: ``(N,)`` bool, whether a sample was made smaller to fit the limit: its images, or its text.
         repaired: ``(N,)`` bool, whether the row was changed to make sense of it.
         errors: What is wrong with bad samples, by index; their sizes are 0.
@@ -60,6 +69,8 @@ class LengthTable:
     tokens: np.ndarray
     patches: np.ndarray
     images: np.ndarray
+    videos: np.ndarray
+    sounds: np.ndarray
     scaled: np.ndarray
     repaired: np.ndarray
     errors: dict[int, DataError] = field(default_factory=dict)
@@ -206,6 +217,16 @@ def _kept(table: LengthTable, path: Path, key: str) -> LengthTable:
         _log.warning("%s cannot be written (%s); the samples will be measured again next time", path, error)
         return table
     return replace(table, path=path)
+
+
+def kinds_to_show(counted: Iterable[Any]) -> list[str]:
+    """The `MEDIA_KINDS` that a report has to name: those that there are, images where there are none at all.
+
+    Args:
+        counted: What has a number of each.
+    """
+    items = list(counted)
+    return [kind for kind in MEDIA_KINDS if any(getattr(item, kind) for item in items)] or ["images"]
 
 
 def default_cache_dir() -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class PreviewImage:
         arranged: False where the pixels do not tell how the tiles lay in the image: they stand in one row then.
         patch_size: Side of a patch, in pixels.
         merge_size: Patches per side that become one token.
+        lossless: Whether its pictures have to be kept to the pixel.
     """
 
     pixels: np.ndarray
@@ -49,6 +50,7 @@ class PreviewImage:
     arranged: bool
     patch_size: int
     merge_size: int
+    lossless: ClassVar[bool] = True
 
     @property
     def num_tokens(self) -> int:
@@ -63,8 +65,7 @@ class PreviewImage:
 
     def __str__(self) -> str:
         rows, columns = self.tiles
-        tokens = "1 token" if self.num_tokens == 1 else f"{self.num_tokens:,} tokens"
-        patches = f"{self.patches[0]} x {self.patches[1]} patches, {tokens}"
+        patches = f"{self.patches[0]} x {self.patches[1]} patches, {said_tokens(self.num_tokens)}"
         if rows * columns == 1:
             return patches
         arranged = f"{rows} x {columns}" if self.arranged else f"{rows * columns}"
@@ -72,6 +73,15 @@ class PreviewImage:
 
     def __repr__(self) -> str:
         return f"PreviewImage({self})"
+
+    @property
+    def caption(self) -> str:
+        """What is said of it beside its pictures."""
+        return f"{self.size}, {self}"
+
+    def parts(self) -> list[tuple[str, list[Image.Image]]]:
+        """Its pictures, in parts that have names: there is one, without a name."""
+        return [("", self.pictures())]
 
     def pictures(self) -> list[Image.Image]:
         """The image with its grid, and the thumbnail with its own."""
@@ -101,12 +111,12 @@ def sample_images(
     in_text, in_tiles = sum(tokens), geometry.num_tokens(grids)
     if in_text != in_tiles:
         raise ValueError(f"the text has {in_text} image tokens for tiles of {in_tiles}")
-    pixels = patches if patches.dtype == torch.uint8 else _to_uint8(patches, image_processor)
     counts = [rows * columns for rows, columns in grids]
-    tiles = [
-        patches_to_pixels(tile, grid, geometry.patch_size).permute(1, 2, 0).numpy()
-        for tile, grid in zip(pixels.split(counts), grids, strict=True)
+    pixels = [
+        patches_to_pixels(tile, grid, geometry.patch_size)
+        for tile, grid in zip(patches.split(counts), grids, strict=True)
     ]
+    tiles = [pixels_to_uint8(tile, image_processor).permute(1, 2, 0).numpy() for tile in pixels]
     images, start = [], 0
     for number in tokens:
         end = start + 1
@@ -201,8 +211,19 @@ def _misfit(pixels: np.ndarray, side: int, thumbnail: np.ndarray | None) -> floa
     return float(np.concatenate([step.ravel() for step in steps]).mean())
 
 
-def _to_uint8(patches: Tensor, image_processor: Any) -> Tensor:
-    """Inverse of `lightning_vlm.ops.pixels.normalize_patches`, in uint8."""
-    mean, std = (torch.tensor(getattr(image_processor, name)).view(3, 1) for name in ("image_mean", "image_std"))
-    channels = patches.float().unflatten(-1, (3, -1)) * std + mean
-    return channels.mul(255).round().clamp(0, 255).byte().flatten(-2)
+def pixels_to_uint8(pixels: Tensor, image_processor: Any) -> Tensor:
+    """Pixels for people: normalised ones are put back into 0..255, as of `lightning_vlm.ops.pixels.normalize_patches`.
+
+    Args:
+        pixels: ``(..., 3, H, W)``, uint8 or normalised floats.
+        image_processor: Holds the mean and standard deviation of normalised floats.
+    """
+    if pixels.dtype == torch.uint8:
+        return pixels
+    mean, std = (torch.tensor(getattr(image_processor, name)).view(3, 1, 1) for name in ("image_mean", "image_std"))
+    return (pixels.float() * std + mean).mul(255).round().clamp(0, 255).byte()
+
+
+def said_tokens(number: int) -> str:
+    """A number of tokens in words, e.g. ``1,024 tokens``."""
+    return "1 token" if number == 1 else f"{number:,} tokens"

@@ -15,8 +15,12 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from lightning_vlm.data.preview_image import TILE_LINE, TOKEN_LINE
+from lightning_vlm.data.preview_image import TILE_LINE, TOKEN_LINE, PreviewImage
 from lightning_vlm.data.preview_sample import Preview
+from lightning_vlm.data.preview_sound import PreviewSound
+from lightning_vlm.data.preview_video import PreviewVideo
+
+_Medium = PreviewImage | PreviewVideo | PreviewSound
 
 # Controls but for tab and newline, what turns the direction of writing, and what has no width. The joiner of emoji
 # (U+200D) is not among them.
@@ -35,10 +39,10 @@ def visible(text: str) -> str:
 
 def counts_of(preview: Preview) -> str:
     """The token counts of a sample in one line."""
-    images = [f"{image.num_tokens:,}" for image in preview.images]
-    per_image = f" ({' + '.join(images)})" if len(images) > 1 else ""
-    kinds = f"{preview.num_image_tokens:,} image{per_image}, {preview.num_label_tokens:,} trained"
-    return f"{preview.num_tokens:,} tokens: {kinds}"
+    media: dict[str, Sequence[_Medium]] = {"image": preview.images, "video": preview.videos, "sound": preview.sounds}
+    kinds = [_said(kind, [medium.num_tokens for medium in found]) for kind, found in media.items() if found]
+    kinds = kinds or ["0 image"]
+    return f"{preview.num_tokens:,} tokens: {', '.join(kinds)}, {preview.num_label_tokens:,} trained"
 
 
 def render_text(previews: Sequence[Preview], title: str, notes: Sequence[str], color: bool) -> str:
@@ -60,7 +64,7 @@ def render_text(previews: Sequence[Preview], title: str, notes: Sequence[str], c
             lines.append("  ! " + _paint(visible(str(preview.error)), _BAD, color))
             continue
         lines.append(f"  {counts_of(preview)}")
-        lines += [f"  image {n}: {image.size}, {image}" for n, image in enumerate(preview.images, start=1)]
+        lines += [f"  {caption}" for _, caption in _captioned(preview)]
         lines += [f"  note: {note}" for note in preview.notes]
         lines += _text_lines(preview, color)
     return "\n".join(lines)
@@ -89,6 +93,27 @@ def render_page(previews: Sequence[Preview], title: str, notes: Sequence[str]) -
         notes: Stand below the title.
     """
     return _PAGE.format(title=_escape(title), body=render_fragment(previews, title, notes))
+
+
+def data_uri(image: Image.Image, lossless: bool = True) -> str:
+    """A picture as an address that holds it.
+
+    Args:
+        image: The picture.
+        lossless: As PNG; otherwise as JPEG where that is smaller.
+    """
+    encoded = {}
+    for name in ("png",) if lossless else ("png", "jpeg"):
+        buffer = io.BytesIO()
+        image.save(buffer, format=name, quality=90)
+        encoded[name] = buffer.getvalue()
+    name = min(encoded, key=lambda name: len(encoded[name]))
+    return f"data:image/{name};base64,{base64.b64encode(encoded[name]).decode()}"
+
+
+def _said(kind: str, tokens: Sequence[int]) -> str:
+    each = f" ({' + '.join(f'{number:,}' for number in tokens)})" if len(tokens) > 1 else ""
+    return f"{sum(tokens):,} {kind}{each}"
 
 
 def _paint(text: str, code: str, color: bool) -> str:
@@ -123,8 +148,8 @@ def _card(number: int, preview: Preview) -> str:
     if preview.error is not None:
         return f"<section class=bad><header>{place}</header><p>{_escape(str(preview.error))}</p></section>"
     notes = "".join(f"<p class=note>{_escape(note)}</p>" for note in preview.notes)
-    figures = "".join(_figure(preview, n) for n in range(len(preview.images)))
-    figures = f"<div class=images>{figures}</div>" if figures else ""
+    figures = "".join(_figure(medium, caption) for medium, caption in _captioned(preview))
+    figures = f"<div class=media>{figures}</div>" if figures else ""
     text = "".join(_piece(piece.shown, piece.trained, bool(piece.marker)) for piece in preview.pieces)
     return (
         f"<section><header>{place}<span class=counts>{counts_of(preview)}</span></header>{_bar(preview)}"
@@ -133,33 +158,39 @@ def _card(number: int, preview: Preview) -> str:
 
 
 def _bar(preview: Preview) -> str:
-    """The shares of image, trained and other tokens, drawn."""
+    """The shares of media's, trained and other tokens, drawn."""
+    media = preview.num_image_tokens + preview.num_video_tokens + preview.num_sound_tokens
+    shares = {"media": media, "trained": preview.num_label_tokens}
     total = max(preview.num_tokens, 1)
-    shares = {"image": preview.num_image_tokens / total, "trained": preview.num_label_tokens / total}
-    parts = "".join(f'<i class={name} style="width:{100 * share:.2f}%"></i>' for name, share in shares.items())
+    parts = "".join(f'<i class={name} style="width:{100 * share / total:.2f}%"></i>' for name, share in shares.items())
     return f"<div class=bar>{parts}</div>"
 
 
-def _figure(preview: Preview, index: int) -> str:
-    image = preview.images[index]
-    caption = f"image {index + 1}: {image.size}, {image}"
-    pictures = "".join(
-        f'<img tabindex=0 src="{_data_uri(picture)}" width={picture.width} height={picture.height} alt="{caption}">'
-        for picture in image.pictures()
-    )
-    return f"<figure>{pictures}<figcaption>{caption}</figcaption></figure>"
+def _captioned(preview: Preview) -> list[tuple[_Medium, str]]:
+    kinds: dict[str, Sequence[_Medium]] = {"image": preview.images, "video": preview.videos, "sound": preview.sounds}
+    return [
+        (medium, f"{kind} {number}: {medium.caption}")
+        for kind, media in kinds.items()
+        for number, medium in enumerate(media, start=1)
+    ]
 
 
-def _piece(shown: str, trained: bool, is_image: bool) -> str:
+def _figure(medium: _Medium, caption: str) -> str:
+    parts = ""
+    for name, pictures in medium.parts():
+        shown = "".join(
+            f'<img tabindex=0 src="{data_uri(picture, medium.lossless)}" width={picture.width} height={picture.height} '
+            f'alt="{name or caption}">'
+            for picture in pictures
+        )
+        parts += f"<span class=part>{shown}<small>{name}</small></span>" if name else shown
+    return f"<figure>{parts}<figcaption>{caption}</figcaption></figure>"
+
+
+def _piece(shown: str, trained: bool, is_medium: bool) -> str:
     # <b> and not a class alone: sites that show notebooks take styles out.
-    name, kind = ("b", "trained") if trained else ("span", "image" if is_image else "other")
+    name, kind = ("b", "trained") if trained else ("span", "media" if is_medium else "other")
     return f"<{name} class={kind}>{_escape(shown)}</{name}>"
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _css(colour: tuple[int, int, int]) -> str:
@@ -167,9 +198,10 @@ def _css(colour: tuple[int, int, int]) -> str:
 
 
 _LEGEND = """<p class=legend><b class=trained>trained</b> <span class=other>not trained</span>
-<span class=image>&lt;image: its tokens&gt;</span>
+<span class=media>&lt;image, video or sound: its tokens&gt;</span>
 <span class=token-line></span> border of a token's patches <span class=tile-line></span> border of a tile<br>
-<small>Images are what the model gets, pixel for pixel; click one for its full size.</small></p>"""
+<small>Images are what the model gets, pixel for pixel; click one for its full size. Large frames of videos are
+reduced.</small></p>"""
 
 # Colours are see-through or the surroundings' own, so that they fit light and dark pages alike.
 _STYLE = """
@@ -182,23 +214,26 @@ _STYLE = """
 .vlm-preview header code { overflow-wrap: anywhere; background: none; color: inherit; }
 .vlm-preview .counts { margin-left: auto; font-variant-numeric: tabular-nums; }
 .vlm-preview .bar { height: 4px; display: flex; background: rgba(128,128,128,.25); }
-.vlm-preview i.image { background: TOKEN_LINE; }
+.vlm-preview i.media { background: TOKEN_LINE; }
 .vlm-preview i.trained { background: #2da44e; }
 .vlm-preview .note, .vlm-preview .bad p { margin: .6em .9em; }
 .vlm-preview .bad { border-color: #d1242f; }
 .vlm-preview .bad header { background: rgba(209,36,47,.15); }
-.vlm-preview .sample, .vlm-preview .images { display: flex; flex-wrap: wrap; gap: .9em; align-items: flex-start; }
+.vlm-preview .sample, .vlm-preview .media { display: flex; flex-wrap: wrap; gap: .9em; align-items: flex-start; }
 .vlm-preview .sample { padding: .9em; }
-.vlm-preview .images, .vlm-preview figure { max-width: 100%; }
+.vlm-preview .media, .vlm-preview figure { max-width: 100%; }
 .vlm-preview figure { margin: 0; display: flex; flex-wrap: wrap; gap: .5em; align-items: flex-start; }
 .vlm-preview figcaption { width: 100%; font-size: .85em; }
 .vlm-preview img { max-width: 100%; max-height: 26em; width: auto; height: auto; margin: 0; cursor: zoom-in; }
 .vlm-preview img:focus { max-width: none; max-height: none; cursor: auto; outline: none; }
+.vlm-preview .part { display: inline-block; max-width: 100%; }
+.vlm-preview .part img { margin-right: 2px; vertical-align: top; }
+.vlm-preview .part small { display: block; font-size: .75em; }
 .vlm-preview figure:focus-within { overflow: auto; }
 .vlm-preview pre { flex: 1 1 28em; min-width: 0; margin: 0; padding: 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 13px/1.65 ui-monospace, monospace; background: none; color: inherit; }
 .vlm-preview .other { opacity: .65; }
-.vlm-preview span.image { background: rgba(0,168,204,.2); border-radius: 3px; padding: 1px 2px; }
+.vlm-preview span.media { background: rgba(0,168,204,.2); border-radius: 3px; padding: 1px 2px; }
 .vlm-preview b.trained { background: rgba(45,164,78,.25); border-bottom: 2px solid #2da44e; font-weight: 600;
   box-decoration-break: clone; -webkit-box-decoration-break: clone; }
 .vlm-preview .legend > * { margin-right: .5em; }

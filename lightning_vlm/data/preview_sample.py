@@ -1,4 +1,4 @@
-"""Preview of one sample: its text in pieces that are trained or not, and its images, all from its tensors alone.
+"""Preview of one sample: its text in pieces that are trained or not, and its media, all from its tensors alone.
 
 Nothing is taken from the row that the sample was made of, so what a template, a tokenizer or a limit has changed is
 seen here. The price is that text is decoded, and tokens need not end where characters do: see `cut_pieces`.
@@ -12,6 +12,9 @@ from itertools import groupby, takewhile
 from typing import Any
 
 from lightning_vlm.data.preview_image import PreviewImage, sample_images
+from lightning_vlm.data.preview_sound import PreviewSound, sample_sounds
+from lightning_vlm.data.preview_video import PreviewVideo, sample_videos
+from lightning_vlm.processing.pieces import IMAGE, SOUND, VIDEO
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import IGNORE_INDEX, DataError, Sample
 
@@ -20,12 +23,12 @@ _MOST_BYTES = 4  # of a character in UTF-8, so the most tokens that hold parts o
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of text that is all trained on or all not, and no part of an image or all of one.
+    """A run of text that is all trained on or all not, or a run of placeholders of one medium.
 
     Attributes:
-        text: The decoded tokens; of an image, its placeholders.
+        text: The decoded tokens.
         trained: Whether the loss is taken on it.
-        marker: What is shown in place of an image's placeholders; empty for text.
+        marker: What is shown in place of placeholders; empty for text.
     """
 
     text: str
@@ -34,7 +37,7 @@ class Piece:
 
     @property
     def shown(self) -> str:
-        """The text, or the marker of an image."""
+        """The text, or the marker of a medium."""
         return self.marker or self.text
 
 
@@ -47,8 +50,12 @@ class Preview:
         source: Its place, e.g. ``file:line``.
         pieces: Its text; joined, the tokenizer's decoding of all its tokens.
         images: Its images in reading order.
+        videos: Its videos in reading order.
+        sounds: Its sounds in reading order.
         num_tokens: All its tokens.
         num_image_tokens: Those that stand for images.
+        num_video_tokens: Those that stand for videos, labels of frames not counted.
+        num_sound_tokens: Those that stand for sounds.
         num_label_tokens: Those that the loss is taken on.
         notes: What a reader should know of this preview.
         error: Why the sample cannot be used; all else is empty then.
@@ -58,8 +65,12 @@ class Preview:
     source: str
     pieces: tuple[Piece, ...] = ()
     images: tuple[PreviewImage, ...] = ()
+    videos: tuple[PreviewVideo, ...] = ()
+    sounds: tuple[PreviewSound, ...] = ()
     num_tokens: int = 0
     num_image_tokens: int = 0
+    num_video_tokens: int = 0
+    num_sound_tokens: int = 0
     num_label_tokens: int = 0
     notes: tuple[str, ...] = ()
     error: DataError | None = None
@@ -84,52 +95,62 @@ def preview_sample(sample: Sample, index: int, processor: NemotronVLProcessor) -
         processor: What made it.
 
     Raises:
-        ValueError: If its text and its images do not belong together.
+        ValueError: If its text and its media do not belong together.
     """
     ids = sample.input_ids.tolist()
     trained = (sample.labels != IGNORE_INDEX).tolist()
     trained[:1] = [False] * len(trained[:1])  # nothing predicts the first token
-    image_numbers, tokens_per_image = number_images(ids, processor.image_token_id)
-    images: list[PreviewImage] = []
-    if sample.pixel_values is not None and sample.image_grid_hw is not None:
-        grids = [(rows, columns) for rows, columns in sample.image_grid_hw.tolist()]
-        images = sample_images(
-            sample.pixel_values, grids, tokens_per_image, processor.geometry, processor.image_processor
-        )
-    keys = list(zip(trained, image_numbers))
-    texts, num_cut = cut_pieces(processor.tokenizer, ids, keys)
-    markers = [f"<image {number}: {image}>" for number, image in enumerate(images, start=1)]
-    pieces = tuple(Piece(text, is_trained, markers[n - 1] if n else "") for text, (is_trained, n) in texts)
+    runs = media_runs(_token_types(sample, processor))
+    lengths = {kind: [length for _, length in own] for kind, own in runs.items()}
+    images = _images(sample, lengths[IMAGE], processor)
+    videos = sample_videos(sample, runs[VIDEO], processor)
+    sounds = sample_sounds(sample, lengths[SOUND], processor)
+    shown = {
+        IMAGE: [f"<image {number}: {image}>" for number, image in enumerate(images, start=1)],
+        VIDEO: [marker for number, video in enumerate(videos, start=1) for marker in video.markers(number)],
+        SOUND: [f"<sound {number}: {sound}>" for number, sound in enumerate(sounds, start=1)],
+    }
+    markers, numbers = [""], [0] * len(ids)
+    for kind, own in runs.items():
+        for (start, length), marker in zip(own, shown[kind], strict=True):
+            numbers[start : start + length] = [len(markers)] * length
+            markers.append(marker)
+    texts, num_cut = cut_pieces(processor.tokenizer, ids, list(zip(trained, numbers)))
+    pieces = tuple(Piece(text, is_trained, markers[number]) for text, (is_trained, number) in texts)
     return Preview(
         index=index,
         source=sample.source,
         pieces=pieces,
         images=tuple(images),
+        videos=tuple(videos),
+        sounds=tuple(sounds),
         num_tokens=len(ids),
-        num_image_tokens=sum(tokens_per_image),
+        num_image_tokens=sum(lengths[IMAGE]),
+        num_video_tokens=sum(lengths[VIDEO]),
+        num_sound_tokens=sum(lengths[SOUND]),
         num_label_tokens=sample.num_label_tokens,
-        notes=_notes(pieces, sample.num_label_tokens, num_cut),
+        notes=_notes(pieces, sample.num_label_tokens, num_cut, any(video.is_pruned for video in videos)),
     )
 
 
-def number_images(input_ids: Sequence[int], image_token_id: int) -> tuple[list[int], list[int]]:
-    """Which image each token stands for.
+def media_runs(token_types: Sequence[int]) -> dict[int, list[tuple[int, int]]]:
+    """Where the placeholders of media stand.
 
     Args:
-        input_ids: The tokens of one sample.
-        image_token_id: The placeholder; each unbroken run of it is one image.
+        token_types: As of `Sample.mm_token_type_ids`.
 
     Returns:
-        Per token, the number of its image from 1, or 0 for text; and per image, its tokens.
+        Per kind of media, (start, length) of each unbroken run: an image, a sound, or a tubelet of a video; all of the
+        video where it is pruned.
     """
-    numbers: list[int] = []
-    counts: list[int] = []
-    for is_image, run in groupby(input_ids, key=lambda token: token == image_token_id):
+    runs: dict[int, list[tuple[int, int]]] = {IMAGE: [], VIDEO: [], SOUND: []}
+    start = 0
+    for kind, run in groupby(token_types):
         length = len(list(run))
-        if is_image:
-            counts.append(length)
-        numbers += [len(counts) if is_image else 0] * length
-    return numbers, counts
+        if kind:
+            runs[kind].append((start, length))
+        start += length
+    return runs
 
 
 def cut_pieces(
@@ -144,7 +165,7 @@ def cut_pieces(
     Args:
         tokenizer: A transformers tokenizer.
         input_ids: The tokens.
-        keys: Per token, (trained, image number).
+        keys: Per token, (trained, number of its run of placeholders); 0 for text.
 
     Returns:
         Texts with their keys, empty ones left out; and the number of characters that were cut.
@@ -179,8 +200,27 @@ def _boundary(decode: Callable[[int], str], whole: str, tokens: int, trained: bo
     return len(list(takewhile(bool, same))), 0  # the decoder changes what it wrote before
 
 
-def _notes(pieces: Sequence[Piece], num_label_tokens: int, num_cut: int) -> tuple[str, ...]:
+def _token_types(sample: Sample, processor: NemotronVLProcessor) -> list[int]:
+    if sample.mm_token_type_ids is not None:
+        return sample.mm_token_type_ids.tolist()
+    return [IMAGE if token == processor.image_token_id else 0 for token in sample.input_ids.tolist()]
+
+
+def _images(sample: Sample, tokens: Sequence[int], processor: NemotronVLProcessor) -> list[PreviewImage]:
+    if sample.pixel_values is None or sample.image_grid_hw is None:
+        if tokens:
+            raise ValueError(f"the text has {sum(tokens)} image tokens, but there is no image")
+        return []
+    grids = [(rows, columns) for rows, columns in sample.image_grid_hw.tolist()]
+    return sample_images(sample.pixel_values, grids, tokens, processor.geometry, processor.image_processor)
+
+
+def _notes(pieces: Sequence[Piece], num_label_tokens: int, num_cut: int, is_pruned: bool) -> tuple[str, ...]:
     notes = []
+    if is_pruned:
+        notes.append(
+            "the tokens of a pruned video stand in its first tubelet; the model moves them to where they belong"
+        )
     if not num_label_tokens:
         notes.append("nothing of this sample is trained on")
     if num_cut:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lightning_vlm.data.batching import PATCH_COST, FixedBatches
-from lightning_vlm.data.lengths import LengthTable
+from lightning_vlm.data.lengths import MEDIA_KINDS, LengthTable, kinds_to_show
 from lightning_vlm.data.packing import PackBudget
 from lightning_vlm.data.plan import DataPlan
 
@@ -28,6 +28,8 @@ class SourceSummary:
     samples: int
     tokens: int
     images: int
+    videos: int
+    sounds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +108,11 @@ class PlanSummary:
 
     def text(self) -> str:
         """All numbers, as aligned lines."""
+        kinds = kinds_to_show(self.sources)
         rows = [
             ("samples", f"{len(self.tokens):,}" + self._left_out()),
             ("tokens", f"{int(self.tokens.sum()):,} (longest {int(self.tokens.max(initial=0)):,})"),
-            ("images", f"{sum(source.images for source in self.sources):,}"),
+            *((kind, f"{sum(getattr(source, kind) for source in self.sources):,}") for kind in kinds),
             ("packs" if self.packed else "batches", f"{self.num_batches:,} of {self._budget()}"),
             ("fill", f"{100 * self.fill:.2f} %"),
             ("computed", f"{self.computed_tokens:,} tokens; padded batches would compute {self.padded_tokens:,}"),
@@ -120,9 +123,10 @@ class PlanSummary:
             ),
         ]
         lines = [f"{name:<10}{value}" for name, value in rows]
-        lines += ["", f"{'source':<40}{'samples':>12}{'tokens':>14}{'images':>12}"]
+        lines += ["", f"{'source':<40}{'samples':>12}{'tokens':>14}{''.join(f'{kind:>12}' for kind in kinds)}"]
         lines += [
-            f"{_shortened(source.path, 39):<40}{source.samples:>12,}{source.tokens:>14,}{source.images:>12,}"
+            f"{_shortened(source.path, 39):<40}{source.samples:>12,}{source.tokens:>14,}"
+            + "".join(f"{getattr(source, kind):>12,}" for kind in kinds)
             for source in self.sources
         ]
         lines += ["", f"{'largest':<12}{'tokens':>12}{'patches':>12}{'samples':>12}   longest sample"]
@@ -241,8 +245,8 @@ def _per_source(plan: DataPlan, lengths: LengthTable, kept: np.ndarray) -> list[
     for source in plan.dataset.sources:
         own = kept[(kept >= start) & (kept < start + len(source))]
         start += len(source)
-        tokens, images = int(lengths.tokens[own].sum()), int(lengths.images[own].sum())
-        summaries.append(SourceSummary(str(source.path), len(own), tokens, images))
+        totals = {name: int(getattr(lengths, name)[own].sum()) for name in ("tokens", *MEDIA_KINDS)}
+        summaries.append(SourceSummary(str(source.path), len(own), **totals))
     return summaries
 
 

@@ -240,21 +240,22 @@ def _encode(model: Any, media: MediaInputs, kind: Kind) -> Features:
         grids = _described("pixel_values", "image_grid_hw", media.image_grid_hw)
         return Features(*model.get_image_features(media.pixel_values, grids))
     grids = _described("pixel_values_videos", "video_grid_thw", media.video_grid_thw)
-    return _videos(*model.get_video_features(media.pixel_values_videos, grids, media.num_video_tokens), grids, model)
+    values, kept = model.get_video_features(media.pixel_values_videos, grids, media.num_video_tokens)
+    return _videos(values, kept, grids, model)
 
 
 def _encode_together(model: Any, media: MediaInputs) -> dict[Kind, Features]:
     """Images and videos whose frames are images to the tower, in one pass: ranks with both and with one keep step."""
-    images: Any = media.pixel_values
+    pictures: Any = (media.pixel_values, media.pixel_values_videos)
     image_grids = _described("pixel_values", "image_grid_hw", media.image_grid_hw)
     videos = _described("pixel_values_videos", "video_grid_thw", media.video_grid_thw)
     frame_grids = videos[:, 1:].repeat_interleave(videos[:, 0], dim=0)
-    patches = torch.cat([images, media.pixel_values_videos])
-    features, counts = model.get_image_features(patches, torch.cat([image_grids, frame_grids]))
+    features, counts = model.get_image_features(torch.cat(pictures), torch.cat([image_grids, frame_grids]))
     counts = counts[: len(image_grids)]
     wanted = None if media.num_video_tokens is None else media.num_video_tokens.tolist()
     sizes = [(frames, rows * columns // model.config.merge_size**2) for frames, rows, columns in videos.tolist()]
-    video = _videos(*prune_videos(features[sum(counts) :], sizes, wanted), videos, model)
+    values, kept = prune_videos(features[sum(counts) :], sizes, wanted)
+    video = _videos(values, kept, videos, model)
     return {"image": Features(features[: sum(counts)], counts), "video": video}
 
 

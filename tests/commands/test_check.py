@@ -14,6 +14,8 @@ from lightning_vlm.cli import main
 from lightning_vlm.commands.check import check_data
 from lightning_vlm.data import lengths
 from lightning_vlm.schema import DataError
+from tests.fixtures.media_files import media_rows
+from tests.fixtures.media_samples import media_processor
 
 BOT = {"role": "assistant", "content": "ho"}
 
@@ -149,6 +151,42 @@ def test_data_without_images_is_asked_about(
     rows = [{"messages": [{"role": "user", "content": "q"}, BOT]}]
     assert check_data(VLMDataModule(train=str(write_rows(rows)), processor=processor)) is True
     assert "images: 0 in 0 of 1 samples; is that meant?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_videos_and_sounds_are_counted(
+    write_rows: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], decode: bool
+) -> None:
+    rows = media_rows(tmp_path)
+    data = VLMDataModule(
+        train=str(write_rows(rows)), val=str(write_rows(rows[1:2], "val.jsonl")), processor=media_processor()
+    )
+    assert check_data(data, decode)
+    train, val, _ = capsys.readouterr().out.split("\n\n")
+    heading, counts, *sentences = train.splitlines()
+    tokens = sum(len(data.dataset_to_check("train")[0][index]) for index in range(5))
+    assert heading.split() == ["train", "rows", "bad", "images", "videos", "sounds", "tokens"]
+    assert counts.split()[1:] == ["5", "0", "2", "3", "1", str(tokens)]
+    assert heading.index("tokens") == counts.index(str(tokens)) + len(str(tokens)) - len("tokens"), "in one column"
+    assert sentences == ["images: 2 in 2 of 5 samples", "videos: 3 in 2 of 5 samples", "sounds: 1 in 1 of 5 samples"]
+    heading, counts, *sentences = val.splitlines()
+    assert heading.split() == ["val", "rows", "bad", "sounds", "tokens"], "no column of what there is none of"
+    assert counts.split()[1:-1] == ["1", "0", "1"]
+    assert sentences == ["sounds: 1 in 1 of 1 samples"]
+    check_data(data, decode, as_json=True)
+    (source,) = json.loads(capsys.readouterr().out)["splits"]["train"]["sources"]
+    names = ("images", "videos", "sounds")
+    assert [source[name] for name in names] == [2, 3, 1]
+    assert [source[f"with_{name}"] for name in names] == [2, 2, 1]
+
+
+def test_videos_and_sounds_are_counted_for_another_familys_processor(
+    write_rows: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check_data(VLMDataModule(train=str(write_rows(media_rows(tmp_path)))))
+    heading, counts, *_ = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["train", "rows", "bad", "images", "videos", "sounds", "tokens"]
+    assert counts.split()[1:] == ["5", "0", "2", "3", "1", "-"]
 
 
 def test_nothing_to_check_is_no_success(processor: NemotronVLProcessor, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,8 +23,10 @@ from lightning_vlm.processing.sizes import SampleLimit
 from lightning_vlm.processing.tiny import tiny_processor
 from lightning_vlm.schema import DataError
 from lightning_vlm.sources.open import open_sources
+from tests.fixtures.media_files import media_rows
+from tests.fixtures.media_samples import media_processor
 
-COLUMNS = ("tokens", "patches", "images", "scaled", "repaired")
+COLUMNS = ("tokens", "patches", "images", "videos", "sounds", "scaled", "repaired")
 
 
 def samples(
@@ -75,7 +77,17 @@ class TestMeasuring:
             own = processor.encode(conversation, images, **{**dataset._options(conversation), "limit": None})
             assert table.scaled[index] == (len(own) != len(sample))
         assert table.scaled.any() == ("limit" in options)
-        assert [getattr(table, name).dtype for name in COLUMNS] == [np.int32, np.int32, np.int32, np.bool_, np.bool_]
+        assert [getattr(table, name).dtype for name in COLUMNS] == [*[np.int32] * 5, np.bool_, np.bool_]
+
+    def test_media_are_counted_by_kind(self, write_rows: Callable[..., Path], cache: Path, tmp_path: Path) -> None:
+        dataset = samples(write_rows(media_rows(tmp_path)), processor=media_processor(0.5))
+        for _ in range(2):  # measured, and read
+            table = measure_lengths(dataset, 0, cache, show_progress=False)
+            assert table.images.tolist() == [0, 0, 1, 0, 1]
+            assert table.videos.tolist() == [1, 0, 0, 0, 2]
+            assert table.sounds.tolist() == [0, 1, 0, 0, 0]
+            for index, sample in enumerate(dataset[number] for number in range(5)):
+                assert (table.tokens[index], table.patches[index]) == (len(sample), sample.num_patches)
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_bad_samples_are_found_all_at_once_and_kept(
@@ -378,6 +390,8 @@ class TestSamples:
             np.array([size.tokens for size in true], np.int32),
             np.array([size.patches + 4 for size in true], np.int32),
             np.array([size.images for size in true], np.int32),
+            np.zeros(2, np.int32),
+            np.zeros(2, np.int32),
             np.zeros(2, np.bool_),
             np.zeros(2, np.bool_),
         )
@@ -430,6 +444,8 @@ class TestTable:
             np.array([3, 2**31 - 1], np.int32),
             np.array([0, 5], np.int32),
             np.array([0, 1], np.int32),
+            np.array([4, 0], np.int32),
+            np.array([0, 7], np.int32),
             np.array([False, True]),
             np.array([True, False]),
         )

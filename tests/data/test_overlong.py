@@ -26,6 +26,8 @@ def table_of(tokens: list[int], patches: list[int] | None = None, scaled: list[i
         np.array(tokens, np.int32),
         np.array(patches, np.int32),
         (np.array(patches) > 0).astype(np.int32),
+        np.zeros(len(tokens), np.int32),
+        np.zeros(len(tokens), np.int32),
         np.array(scaled or [0] * len(tokens), np.bool_),
         np.zeros(len(tokens), np.bool_),
     )

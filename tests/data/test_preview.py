@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from lightning_vlm.processing.tiny import tiny_processor, tiny_tokenizer
 from lightning_vlm.schema import DataError, Sample
 from lightning_vlm.sources.formats import RowFormat
 from lightning_vlm.sources.rows import ListSource
+from tests.fixtures.pages import parsed
 
 SMILE = "\U0001f600"
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
@@ -82,43 +82,6 @@ def decoded(processor: NemotronVLProcessor, sample: Sample) -> str:
     return processor.tokenizer.decode(
         sample.input_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
-
-
-class PageText(HTMLParser):
-    """What a browser shows of the text, and what it would run or fetch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-        self.trained: list[str] = []
-        self.tags: list[str] = []
-        self.urls: list[str] = []
-        self._open: list[tuple[str, str | None]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        named = dict(attrs)
-        self.urls += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag == "pre":
-            self.texts.append("")
-            self.trained.append("")
-        if tag not in ("img", "meta", "br"):
-            self._open.append((tag, named.get("class")))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop()[0] == tag
-
-    def handle_data(self, data: str) -> None:
-        if any(tag == "pre" for tag, _ in self._open):
-            self.texts[-1] += data
-            if ("b", "trained") in self._open:
-                self.trained[-1] += data
-
-
-def parsed(page: str) -> PageText:
-    parser = PageText()
-    parser.feed(page)
-    return parser
 
 
 # Text

@@ -17,6 +17,8 @@ from lightning_vlm import NemotronVLProcessor, VLMDataModule
 from lightning_vlm.data.batching import PATCH_COST, FixedBatches
 from lightning_vlm.data.packing import PackBudget
 from lightning_vlm.schema import DataError, VLMBatch
+from tests.fixtures.media_files import media_rows
+from tests.fixtures.media_samples import media_processor
 
 PACKED = {"packing": True, "batch_tokens": 130, "batch_patches": 40}
 DROPPED = {"packing": True, "max_tokens": 67, "overlong": "drop", "batch_size": 2}
@@ -180,3 +182,24 @@ def test_budget_is_told_without_patches(make_data: Callable[..., VLMDataModule])
     found = make_data(packing=True, batch_tokens=150).summary(1)
     assert found.budget == PackBudget(150)
     assert f"{found.num_batches} of at most 150 tokens\n" in found.text()
+
+
+def test_videos_and_sounds_are_counted(write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    rows = media_rows(tmp_path)
+    files = [str(write_rows(rows)), str(write_rows([rows[0], rows[3]], "films.jsonl"))]
+    data = VLMDataModule(train=files, processor=media_processor(), packing=True)
+    data.setup("fit")
+    found = data.summary(1)
+    assert [(source.images, source.videos, source.sounds) for source in found.sources] == [(2, 3, 1), (0, 1, 0)]
+    lines = found.text().splitlines()
+    assert [line.split() for line in lines[2:5]] == [["images", "2"], ["videos", "4"], ["sounds", "1"]]
+    heading, *sources = lines[lines.index("") + 1 :][:3]
+    assert heading.split() == ["source", "samples", "tokens", "images", "videos", "sounds"]
+    assert [line.split()[3:] for line in sources] == [["2", "3", "1"], ["0", "1", "0"]]
+    assert len({len(line) for line in (heading, *sources)}) == 1, "in columns"
+
+    data = VLMDataModule(train=files[1], processor=media_processor())
+    data.setup("fit")
+    lines = data.summary(1).text().splitlines()
+    assert lines[2] == "videos    1"
+    assert "images" not in data.summary(1).text()

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import RadioConfig, RadioModel
 
-from lightning_vlm.media.frames import frames_to_patches
+from lightning_vlm.media.frames import frames_to_patches, patches_to_frames
 from lightning_vlm.media.image import image_pixels, resize_pixels
 from tests.fixtures.media_samples import frames, picture
 
@@ -65,3 +65,17 @@ def test_frames_become_rgb() -> None:
         frames_to_patches([grey], (2, 2), PATCH, 2), frames_to_patches([grey.convert("RGB")] * 2, (2, 2), PATCH, 2)
     )
     assert isinstance(grey, Image.Image)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("grid", [(2, 4), (4, 2), (1, 1)])
+@pytest.mark.parametrize("as_float", [False, True])
+def test_frames_come_back(count: int, size: int, grid: tuple[int, int], as_float: bool) -> None:
+    rows, columns = grid
+    shown = frames(count, rows * PATCH, columns * PATCH)
+    patches = frames_to_patches(shown, grid, PATCH, size, as_float)
+    back = patches_to_frames(patches, grid, size)
+    repeated = shown + shown[-1:] * (-count % size)
+    assert back.dtype == patches.dtype
+    assert torch.equal(back, torch.stack([image_pixels(frame) for frame in repeated]).to(patches.dtype))
