@@ -260,6 +260,7 @@ def test_wandb_offline_when_nobody_is_logged_in(config: Path, monkeypatch: pytes
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    wandb.teardown()  # a service that an earlier test has left writes into that test's folder
     arguments = ["fit", "--config", str(config), "--trainer.logger", json.dumps(WANDB), "--trainer.max_epochs", "1"]
     assert exit_code(*arguments) == 0
     wandb.finish()  # as the end of the process does
