@@ -67,6 +67,9 @@ class LedgerReport:
         )
 
 
+_SUMMED_UP = 65_536
+
+
 class Ledger:
     """Follows one rank through an epoch.
 
@@ -82,11 +85,14 @@ class Ledger:
         self.reached = opened.yielded
         self._planned = Tally.of(kept)
         self._seen = self._skipped = Tally()
+        self._just_seen: list[int] = []  # summed up now and then: a sum of a few costs as much as one of thousands
         self._reasons: Counter[str] = Counter()
 
     def see(self, indices: Iterable[int]) -> None:
         """Notes samples that were trained on."""
-        self._seen += Tally.of(indices)
+        self._just_seen += indices
+        if len(self._just_seen) >= _SUMMED_UP:
+            self._sum_up()
 
     def skip(self, indices: Iterable[int], reason: str) -> None:
         """Notes samples that were planned and not trained on."""
@@ -100,6 +106,7 @@ class Ledger:
         Args:
             add_up: Sums numbers over all ranks; a collective call.
         """
+        self._sum_up()
         to_come = self._planned_from(replace(self.opened, yielded=self.reached))
         numbers: list[int] = []
         for tally in (self._planned_from(self.opened), self._seen, self._skipped, to_come):
@@ -110,6 +117,10 @@ class Ledger:
             return LedgerReport(self._planned, Tally(), seen, skipped, unreached, dict(self._reasons))
         before = Tally(self._planned.count - from_here.count, self._planned.checksum - from_here.checksum)
         return LedgerReport(self._planned, before, seen, skipped, unreached, dict(self._reasons))
+
+    def _sum_up(self) -> None:
+        self._seen += Tally.of(self._just_seen)
+        self._just_seen = []
 
     def _planned_from(self, position: Position) -> Tally:
         """This rank's samples from a position to the epoch's end."""

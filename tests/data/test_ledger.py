@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from lightning_vlm.data import ledger as ledger_module
 from lightning_vlm.data.batching import FixedBatches
 from lightning_vlm.data.ledger import Ledger, LedgerReport, Tally
 from lightning_vlm.data.samplers import EpochPlan, Position
@@ -142,3 +143,12 @@ def test_a_report_says_what_came_before_and_what_was_not_reached() -> None:
     plan = EpochPlan(FixedBatches(10, 2))
     report = follow(plan, Position(0, 1), 2)
     assert str(report) == "10 samples planned, 2 seen before, 4 seen, 0 skipped, 4 not reached"
+
+
+def test_when_what_was_seen_is_summed_up_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = EpochPlan(FixedBatches(50, 4, seed=1), 2)
+    expected = follow(plan, Position(), 3)
+    monkeypatch.setattr(ledger_module, "_SUMMED_UP", 6)
+    assert follow(plan, Position(), 3) == expected
+    assert expected.balances
+    assert expected.seen.count == 24
