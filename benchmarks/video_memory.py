@@ -1,6 +1,6 @@
 """Memory of a long video in the vision tower: transformers' way beside ours, forward and backward, in one run.
 
-    python benchmarks/video_memory.py [--frames 128] [--layers 8] [--width 256]
+    python benchmarks/video_memory.py [--frames 128] [--layers 4] [--width 256]
 
 A video of 512 x 512 frames in two-frame tubelets, 1,024 patches each, through a RADIO tower of the given size (the
 released one has 32 layers of width 1280) and a loss on its features. Each way runs in its own process: time of one
@@ -81,7 +81,7 @@ def measure(way: str, frames: int, layers: int, width: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
