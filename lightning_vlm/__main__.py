@@ -1,8 +1,8 @@
 """The entry of ``lightning-vlm`` and ``python -m lightning_vlm``: sets what PyTorch reads when it is imported.
 
 GNU OpenMP, which PyTorch computes with on CPUs, lets idle threads spin. Where another process wants the same cores (a
-worker that loads data, a second run) they spin against it, and a step of 0.1 s was seen to take 4 s; waiting threads
-that sleep cost microseconds. Whoever sets the variable keeps their value.
+worker that loads data, a second run) they spin against it, and a step of 0.1 s was seen to take 4 s. Threads that sleep
+while they wait do not. Whoever sets the variable keeps their value.
 """
 
 from __future__ import annotations

@@ -54,8 +54,7 @@ def absent_features(model: Any, kind: str, cache: Cache | None) -> Tensor | None
         if kind == "image":
             pixels = torch.zeros(merge**2, vision.patch_dim, dtype=torch.uint8, device=device)
             return model.get_image_features(pixels, torch.tensor([[merge, merge]], device=device))[0]
-        width = vision.video_patch_dim or vision.patch_dim
-        pixels = torch.zeros(merge**2, width, dtype=torch.uint8, device=device)
+        pixels = torch.zeros(merge**2, vision.video_patch_dim, dtype=torch.uint8, device=device)
         return model.get_video_features(pixels, torch.tensor([[1, merge, merge]], device=device))[0]
 
 

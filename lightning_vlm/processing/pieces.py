@@ -85,7 +85,7 @@ class PieceExpander:
         spans: Iterable[Span],
         image_counts: Iterable[int],
         videos: Sequence[VideoLayout],
-        sounds: Iterable[SoundLayout] | Iterable[int],
+        sounds: Iterable[SoundLayout],
     ) -> list[Piece]:
         """Writes each medium out in the place of its placeholder.
 
@@ -93,7 +93,7 @@ class PieceExpander:
             spans: Rendered text.
             image_counts: Tokens of each image.
             videos: Each video; without any, their placeholder is a word like others.
-            sounds: Each sound, or its number of tokens.
+            sounds: Each sound.
         """
         images, films, noises = iter(image_counts), iter(videos), iter(sounds)
         found = self._placeholders if videos else self._without_videos
@@ -112,9 +112,7 @@ class PieceExpander:
             if part == tokens.image:
                 text += tokens.image_start + tokens.image * next(images) + tokens.image_end
             elif part == tokens.sound:
-                sound = next(sounds)
-                count = sound if isinstance(sound, int) else sound.num_tokens
-                text += tokens.sound_start + tokens.sound * count + tokens.sound_end
+                text += tokens.sound_start + tokens.sound * next(sounds).num_tokens + tokens.sound_end
             elif part == tokens.video:
                 if text:
                     yield Span(text, span.trained)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_vlm import NemotronVLProcessor
 from lightning_vlm.geometry.videos import VideoGeometry
 from lightning_vlm.processing.chat import Span
-from lightning_vlm.processing.media_layout import VideoLayout, lay_out_video
+from lightning_vlm.processing.media_layout import SoundLayout, VideoLayout, lay_out_video
 from lightning_vlm.processing.pieces import (
     MediaTokens,
     PieceExpander,
@@ -39,7 +39,9 @@ def text_of(ids: torch.Tensor | list[int]) -> str:
 class TestExpand:
     def test_writes_each_medium_in_its_place(self) -> None:
         spans = [Span("a<image>b<video>c<so_embedding>", False), Span("<video><image>d", True)]
-        pieces = expander().expand(spans, [2, 1], [TWO, replace(TWO, tokens_per_tubelet=(4, 0))], [2])
+        pieces = expander().expand(
+            spans, [2, 1], [TWO, replace(TWO, tokens_per_tubelet=(4, 0))], [SoundLayout((1600,), 2)]
+        )
         assert [type(piece).__name__ for piece in pieces] == ["Span", "VideoPiece", "Span", "VideoPiece", "Span"]
         ids, labels, types = tokenize_pieces(tiny_tokenizer(sound=True), pieces, IMAGE, SOUND)
         first = "Frame 1: <img><image><image><image></img>\nFrame 2: <img><image></img>"
