@@ -32,6 +32,7 @@ from lightning_vlm.callbacks.throughput import Throughput
 from lightning_vlm.commands.check import check_data
 from lightning_vlm.commands.describe import planned_network, print_description
 from lightning_vlm.commands.doctor import examine
+from lightning_vlm.commands.export import export
 from lightning_vlm.commands.plan import planned_ranks, print_plan
 from lightning_vlm.commands.preview import print_preview
 from lightning_vlm.datamodule import VLMDataModule
@@ -284,7 +285,10 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _run(args: list[str] | None) -> int:
+    given = sys.argv[1:] if args is None else args
     try:
+        if given[:1] == ["export"]:  # of a checkpoint, which knows its run: it takes no config
+            return export(given[1:])
         return VLMCLI(args).exit_code
     except (DataError, IsolationError) as error:
         print(f"error: {error}", file=sys.stderr)

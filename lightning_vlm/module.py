@@ -22,6 +22,8 @@ from torch.optim import AdamW
 
 from lightning_vlm.callbacks.isolation import IsolationProbe
 from lightning_vlm.callbacks.ledger import EpochLedger
+from lightning_vlm.callbacks.record import RunRecord
+from lightning_vlm.checkpoint.opening import local_folder, open_pretrained, open_random
 from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.models.config import NemotronVLConfig
@@ -47,6 +49,8 @@ class NemotronVLModule(L.LightningModule):
         model_id: Folder or repository name of a model.
         config: Instead of ``model_id``: a `NemotronVLConfig` or its dict, for a model with random weights.
         init: ``pretrained`` loads the weights of ``model_id``; ``random`` takes its config only.
+        from_scratch: Parts (``projector``), or modules of parts (``vision.embeddings.video_patch_projection``), that
+            get new random weights instead of those of ``model_id``.
         lr: Peak learning rate, or one per part: ``{vision: 2e-6, projector: 1e-4, language: 1e-5}``.
         weight_decay: Of weight matrices.
         betas: Of AdamW.
@@ -72,6 +76,7 @@ class NemotronVLModule(L.LightningModule):
         model_id: str | None = None,
         config: Any = None,
         init: Literal["pretrained", "random"] = "pretrained",
+        from_scratch: list[str] | None = None,
         lr: float | dict[str, float] = 1e-5,
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -111,11 +116,12 @@ class NemotronVLModule(L.LightningModule):
         if options.config is not None:
             model = NemotronVL(NemotronVLConfig.from_dict(options.config))
         else:
-            name = pretrained_source(options.model_id, "model.model_id")
+            folder = local_folder(pretrained_source(options.model_id, "model.model_id"))
             if options.init == "random":
-                model = NemotronVL(NemotronVLConfig.from_pretrained(name))
+                model = open_random(folder)
             else:
-                model = NemotronVL.from_pretrained(name, dtype=torch.get_default_dtype())
+                model, report = open_pretrained(folder, options.from_scratch or [], torch.get_default_device())
+                rank_zero_info(str(report))
         model.train()
         recompute_activations(model, options.gradient_checkpointing)
         model.vision_model.micro_batch = options.vision_micro_batch
@@ -123,8 +129,8 @@ class NemotronVLModule(L.LightningModule):
         self.model = model
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What watches every run: the isolation of packed documents, and that no sample is lost."""
-        return [IsolationProbe(), EpochLedger()]
+        """What every run brings: packed documents are isolated, no sample is lost, and an export knows the run."""
+        return [IsolationProbe(), EpochLedger(), RunRecord()]
 
     def setup(self, stage: str) -> None:
         """Starts afresh, and takes the processor and the names of score groups from the datamodule.

@@ -28,6 +28,13 @@ _AUDIO_DEFAULTS = {
     **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "layerdrop"), 0.0),
 }
 
+# Width, blocks and heads of the towers by their names in timm, which RADIO's configs use.
+_TOWERS = {
+    "vit_base_patch16_224": (768, 12, 12),
+    "vit_large_patch16_224": (1024, 24, 16),
+    "vit_huge_patch16_224": (1280, 32, 16),
+}
+
 
 class NemotronVLConfig(PretrainedConfig):
     """Configuration of `NemotronVL`.
@@ -78,7 +85,7 @@ class NemotronVLConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         released = {new: kwargs.pop(old) for old, new in _RELEASED_NAMES.items() if kwargs.get(old) is not None}
-        self.vision_config = _sub_config(vision_config, RadioConfig)
+        self.vision_config = _sub_config(_radio_names(vision_config), RadioConfig)
         self.text_config = _sub_config(text_config or released.get("text_config"), NemotronHConfig)
         self.downsample_ratio = downsample_ratio
         self.ps_version = ps_version
@@ -207,6 +214,27 @@ class NemotronVLConfig(PretrainedConfig):
                 raise ValueError(f"{name} is {token} but the vocabulary has {self.text_config.vocab_size} rows")
         if self.audio_config is not None and getattr(self.audio_config, "projection_hidden_size", None) is None:
             raise ValueError("audio_config has no projection_hidden_size; expected the width of the sound projector")
+
+
+def _radio_names(config: Any) -> Any:
+    """A vision config as RADIO's own repositories write it, whose sizes stand in the name of its architecture."""
+    if not isinstance(config, dict) or not isinstance(args := config.get("args"), dict):
+        return config
+    sizes: dict[str, Any] = {}
+    if "hidden_size" not in config:
+        if (name := args.get("model")) not in _TOWERS:
+            raise ValueError(
+                f"vision_config.args.model is {name!r}; expected one of {', '.join(_TOWERS)}, or hidden_size"
+            )
+        sizes = dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), _TOWERS[name]))
+    if side := args.get("cpe_max_size") or config.get("max_resolution"):
+        sizes["max_img_size"] = side
+    if prefix := args.get("register_multiple"):  # class tokens are filled up with registers to a multiple of it
+        classes = config.get("num_cls_tokens", RadioConfig.num_cls_tokens)
+        sizes |= {"num_cls_tokens": classes, "num_registers": -classes % prefix}
+    if frames := args.get("video_temporal_patch_size"):
+        sizes["video_temporal_patch_size"] = frames
+    return {**sizes, **config}
 
 
 def _sub_config(value: Any, kind: type) -> Any:

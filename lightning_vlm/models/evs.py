@@ -54,9 +54,15 @@ def prune_videos(
         ``(num_tokens kept, hidden_size)``; and per video ``(num_tubelets,)`` int64 tokens kept of each tubelet.
 
     Raises:
-        FusionError: If a video is to keep fewer tokens than its first tubelet has, or more than all have.
+        FusionError: If a video is to keep fewer tokens than its first tubelet has, or more than all have; or if there
+            are not as many numbers as videos.
     """
     wanted = [tubelets * size for tubelets, size in sizes] if num_retained is None else num_retained
+    if len(wanted) != len(sizes):
+        raise FusionError(
+            f"num_video_tokens has {len(wanted)} number(s) for {len(sizes)} video(s); take both from one call of the "
+            "processor"
+        )
     videos = features.split([tubelets * size for tubelets, size in sizes])
     kept, counts = [], []
     for video, (tubelets, size), number in zip(videos, sizes, wanted, strict=True):

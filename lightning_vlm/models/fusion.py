@@ -118,8 +118,14 @@ def check_rows(
         kind: As for `fuse`.
 
     Raises:
-        FusionError: If a row's placeholders are more or fewer than its images' features.
+        FusionError: If a row's placeholders are more or fewer than its images' features, or the rows have not as many
+            images as there are.
     """
+    if len(num_images) != len(placeholders) or sum(num_images) != len(tokens_per_image):
+        raise FusionError(
+            f"the batch has {len(placeholders)} {what}(s) and {len(tokens_per_image)} {kind}(s), but their numbers per "
+            f"{what} tell of {sum(num_images)} in {len(num_images)}; take both from one call of the processor"
+        )
     remaining = iter(tokens_per_image)
     for row, (found, count) in enumerate(zip(placeholders, num_images, strict=True)):
         tokens = list(islice(remaining, count))

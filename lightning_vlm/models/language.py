@@ -1,7 +1,7 @@
 """The language model: transformers' NemotronH whose token mixers keep packed documents apart.
 
-Mamba layers become `PackedMamba2Mixer`; attention layers run `lightning_vlm.ops.attention`. MLP, expert routing and
-norms work token by token and need nothing.
+Mamba layers become `PackedMamba2Mixer`; attention layers run `lightning_vlm.ops.attention`; expert routing stays in
+float32. MLP and norms work token by token and need nothing.
 """
 
 from __future__ import annotations
@@ -11,11 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer, NemotronHTopkRouter
 
 from lightning_vlm.models.packed_mamba import PackedMamba2Mixer
 from lightning_vlm.ops.attention import ATTENTION, use_document_attention
 from lightning_vlm.segments import Documents, document_mask
+
+
+class Float32Router(NemotronHTopkRouter):
+    """transformers' router, in float32 whatever the precision of the model and of autocast.
+
+    The released files keep its bias in float32: experts are chosen by differences that half precision would round away.
+    """
+
+    e_score_correction_bias: Tensor
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(..., hidden_size)`` -> logits, and weights and numbers of the chosen experts."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return super().forward(hidden_states)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if (moved := self.e_score_correction_bias).dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(moved.device)
+        return self
 
 
 def make_language_model(config: NemotronHConfig) -> NemotronHForCausalLM:
@@ -24,6 +45,9 @@ def make_language_model(config: NemotronHConfig) -> NemotronHForCausalLM:
     for module in model.modules():
         if type(module) is NemotronHMamba2Mixer:
             module.__class__ = PackedMamba2Mixer  # adds no state: weights, hooks and names stay
+        elif type(module) is NemotronHTopkRouter:
+            module.__class__ = Float32Router
+            module.e_score_correction_bias = module.e_score_correction_bias.float()
     use_document_attention(model.config)
     return model
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -39,7 +38,6 @@ from lightning_vlm.models.projector import MultiModalProjector, shuffle_images
 from lightning_vlm.models.repeated_media import repeat_media
 from lightning_vlm.models.vision import make_vision_model
 from lightning_vlm.ops.cross_entropy import linear_cross_entropy, naive_cross_entropy, shift_labels
-from lightning_vlm.ops.pixels import normalize_patches
 from lightning_vlm.segments import documents_from_cu_seqlens
 
 register_checkpoint_conversion_mapping(
@@ -55,28 +53,6 @@ register_checkpoint_conversion_mapping(
     ],
     overwrite=True,
 )
-
-
-class PixelNorm(nn.Module):
-    """Normalises uint8 patches on the device they are on; patches that are already floats pass through.
-
-    The numbers stay Python's: buffers would be rounded with the model to bfloat16, a bias on every pixel.
-
-    Args:
-        mean: Per-channel mean.
-        std: Per-channel standard deviation.
-    """
-
-    def __init__(self, mean: list[float], std: list[float]) -> None:
-        super().__init__()
-        self.mean, self.std = tuple(mean), tuple(std)
-
-    def forward(self, pixel_values: Tensor, frames: int = 1) -> Tensor:
-        """``(num_patches, frames * 3 * patch_size**2)`` uint8 pixels or normalised floats -> normalised floats."""
-        if pixel_values.is_floating_point():
-            return pixel_values
-        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=pixel_values.device)
-        return normalize_patches(pixel_values, mean, std, frames)
 
 
 class NemotronVL(PreTrainedModel, GenerationMixin):
@@ -109,8 +85,7 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
     def __init__(self, config: NemotronVLConfig) -> None:
         super().__init__(config)
         self.language_model = make_language_model(config.text_config)
-        self.vision_model = make_vision_model(config.vision_config)
-        self.pixel_norm = PixelNorm(config.norm_mean, config.norm_std)
+        self.vision_model = make_vision_model(config.vision_config, config.norm_mean, config.norm_std)
         self.multi_modal_projector = MultiModalProjector(
             config.vision_hidden_size * config.merge_size**2,
             config.projector_hidden_size,
@@ -160,7 +135,7 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             FusionError: If the grids do not describe the patches, or are not multiples of ``merge_size``.
         """
         grids: list[tuple[int, int]] = [(rows, columns) for rows, columns in image_grid_hw.tolist()]
-        features = self._encode_patches(pixel_values, grids, "pixel_values", "image_grid_hw")
+        features = self._encode_patches(pixel_values, grids, 1, "pixel_values", "image_grid_hw")
         return features, [rows * columns // self.config.merge_size**2 for rows, columns in grids]
 
     def get_video_features(
@@ -182,7 +157,8 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         """
         videos = [tuple(video) for video in video_grid_thw.tolist()]
         grids = [(rows, columns) for tubelets, rows, columns in videos for _ in range(tubelets)]
-        features = self._encode_patches(pixel_values_videos, grids, "pixel_values_videos", "video_grid_thw")
+        frames = self.config.frames_per_tubelet
+        features = self._encode_patches(pixel_values_videos, grids, frames, "pixel_values_videos", "video_grid_thw")
         sizes = [(tubelets, rows * columns // self.config.merge_size**2) for tubelets, rows, columns in videos]
         return prune_videos(features, sizes, None if num_video_tokens is None else num_video_tokens.tolist())
 
@@ -205,8 +181,10 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             raise FusionError("input_features were given to a model without audio_config; leave sounds out, or add one")
         return encode_sounds(self.audio_tower, self.embed_audio, input_features, input_features_mask)
 
-    def _encode_patches(self, patches: Tensor, grids: list[tuple[int, int]], name: str, beside: str) -> Tensor:
-        """``(num_tokens, hidden_size)`` of images or tubelets."""
+    def _encode_patches(
+        self, patches: Tensor, grids: list[tuple[int, int]], frames: int, name: str, beside: str
+    ) -> Tensor:
+        """``(num_tokens, hidden_size)`` of images or tubelets of so many frames."""
         merge = self.config.merge_size
         described = sum(rows * columns for rows, columns in grids)
         if described != patches.shape[0]:
@@ -215,10 +193,16 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
                 "the processor"
             )
         if odd := [grid for grid in grids if grid[0] % merge or grid[1] % merge]:
-            raise FusionError(f"image grid {odd[0]} is not a multiple of {merge} patches per side")
-        frames = 1 if patches.shape[-1] == self.config.vision_config.patch_dim else self.config.frames_per_tubelet
-        pixels = self.pixel_norm(patches, frames).to(self.vision_model.dtype)
-        features = shuffle_images(self.vision_model(pixels, grids).features, grids, merge, self.config.ps_version)
+            raise FusionError(
+                f"{beside}: grid {odd[0]} is not a multiple of {merge} patches per side; use the processor that "
+                "belongs to the model"
+            )
+        if (found := self.vision_model.frames_of(patches)) != frames:  # another embedder would take them in silence
+            raise FusionError(
+                f"{name} has patches of {found} frame(s) each; this model expects {frames}: use the processor that "
+                "belongs to it"
+            )
+        features = shuffle_images(self.vision_model(patches, grids).features, grids, merge, self.config.ps_version)
         return self.multi_modal_projector(features)
 
     def forward(

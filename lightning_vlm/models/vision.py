@@ -2,24 +2,50 @@
 
 transformers attends to one image after the other unless its own FlashAttention integration is installed; ours takes
 PyTorch's varlen kernel where there is one. transformers embeds tubelets of one size only; ours are packed like images.
-And ours can take a long video in several passes, so that its peak memory is that of one. What is computed is the same.
+And ours can take a long video in several passes, so that its peak memory is that of one: pixels are normalised pass by
+pass too, for as float32 they are many times what came. What is computed is the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import RadioConfig, RadioModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.radio.modeling_radio import RadioAttention, RadioModelOutput
 
 from lightning_vlm.ops.attention import ATTENTION, use_document_attention
+from lightning_vlm.ops.pixels import normalize_patches
 from lightning_vlm.segments import Documents, documents_from_lengths
 
 Grids = list[tuple[int, int]]
+
+
+class PixelNorm(nn.Module):
+    """Normalises uint8 patches on the device they are on; patches that are already floats pass through.
+
+    The numbers stay Python's: buffers would be rounded with the model to bfloat16, a bias on every pixel.
+
+    Args:
+        mean: Per-channel mean.
+        std: Per-channel standard deviation.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def forward(self, pixel_values: Tensor, frames: int = 1) -> Tensor:
+        """``(num_patches, frames * 3 * patch_size**2)`` uint8 pixels or normalised floats -> normalised floats."""
+        if pixel_values.is_floating_point():
+            return pixel_values
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=pixel_values.device)
+        return normalize_patches(pixel_values, mean, std, frames)
 
 
 class PackedRadioAttention(RadioAttention):
@@ -61,19 +87,26 @@ class PackedRadioModel(RadioModel):
         """Patch features of images, or of the tubelets of videos.
 
         Args:
-            pixel_values: ``(num_patches, patch_dim)`` of images or ``(num_patches, video_patch_dim)`` of tubelets,
-                normalised, one grid after another.
+            pixel_values: ``(num_patches, patch_dim)`` of images or ``(num_patches, video_patch_dim)`` of tubelets, one
+                grid after another; uint8 pixels or normalised floats.
             image_grid_hw: (rows, columns) of each image or tubelet.
 
         Returns:
             ``features`` ``(num_patches, hidden_size)``, without the tower's own prefix tokens; nothing else.
 
         Raises:
-            ValueError: If the patches are neither an image's nor a tubelet's.
+            ValueError: If the patches are neither an image's nor a tubelet's, or ``micro_batch`` is set and the tower's
+                layers are shards of their own.
         """
         grids = image_grid_hw.tolist() if isinstance(image_grid_hw, Tensor) else image_grid_hw
         grids = [(rows, columns) for rows, columns in grids]
-        frames = self._frames_of(pixel_values)
+        frames = self.frames_of(pixel_values)
+        if self.micro_batch is not None and self._gathers_layers:
+            raise ValueError(
+                f"vision_micro_batch is {self.micro_batch} and the layers of the vision tower are sharded one by one: "
+                "a rank with a longer video would gather them more often than the others, and wait for them forever; "
+                "leave vision_micro_batch out, or shard the tower as one unit"
+            )
         size = len(grids) if self.micro_batch is None else max(1, self.micro_batch // frames)
         parts = [grids[start : start + size] for start in range(0, len(grids), size)]
         pieces = pixel_values.split([sum(rows * columns for rows, columns in part) for part in parts])
@@ -90,7 +123,19 @@ class PackedRadioModel(RadioModel):
         layers: Any = self.encoder.layer
         return self.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in layers)
 
-    def _frames_of(self, patches: Tensor) -> int:
+    @property
+    def _gathers_layers(self) -> bool:
+        return any(isinstance(module, FSDPModule) for module in self.encoder.modules())
+
+    def frames_of(self, patches: Tensor) -> int:
+        """How many frames each patch holds.
+
+        Args:
+            patches: ``(num_patches, width)``.
+
+        Raises:
+            ValueError: If they are neither an image's nor a tubelet's.
+        """
         width, config = patches.shape[-1], self.config
         if width == config.patch_dim:
             return 1
@@ -104,9 +149,9 @@ class PackedRadioModel(RadioModel):
 
     def _encode(self, patches: Tensor, grids: Grids) -> Tensor:
         embeddings, prefix = self.embeddings, self.config.num_summary_tokens
-        is_image = patches.shape[-1] == self.config.patch_dim
-        project = embeddings.patch_projection if is_image else embeddings.video_patch_projection
-        embedded = project(patches)
+        frames = self.frames_of(patches)
+        project = embeddings.patch_projection if frames == 1 else embeddings.video_patch_projection
+        embedded = project(self.input_conditioner(patches, frames).to(self.dtype))
         places = {grid: embeddings._interpolate_position_embedding(grid, embedded.dtype)[0] for grid in set(grids)}
         row = []
         for grid, image in zip(grids, embedded.split([rows * columns for rows, columns in grids])):
@@ -126,10 +171,18 @@ register_checkpoint_conversion_mapping(
 )
 
 
-def make_vision_model(config: RadioConfig) -> PackedRadioModel:
-    """A RADIO tower that takes patches which are already cut and normalised."""
+def make_vision_model(
+    config: RadioConfig, norm_mean: Sequence[float] | None = None, norm_std: Sequence[float] | None = None
+) -> PackedRadioModel:
+    """A RADIO tower that takes patches which are already cut.
+
+    Args:
+        config: The tower's.
+        norm_mean: Per-channel mean of pixels; the tower's own by default.
+        norm_std: Per-channel standard deviation of pixels; the tower's own by default.
+    """
     model = RadioModel(config)
-    model.make_preprocessor_external()
+    model.input_conditioner = PixelNorm(norm_mean or config.norm_mean, norm_std or config.norm_std)
     for module in model.modules():
         if type(module) is RadioAttention:
             module.__class__ = PackedRadioAttention

@@ -94,14 +94,14 @@ def fsdp2_gathered(model: NemotronVL) -> Any:
 
 
 def run_ranks(
-    work: Callable[[int], Any], folder: Path, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
+    work: Callable[[int], Any], folder: Path, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S, ranks: int = 2
 ) -> list[Any]:
-    """``work(rank)`` in two processes forked from this one; a hang is a failure."""
+    """``work(rank)`` in processes forked from this one; a hang is a failure."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (work, folder, port, collective_timeout_s)
-    context = torch.multiprocessing.start_processes(_rank, arguments, nprocs=2, join=False, start_method="fork")
+    arguments = (work, folder, port, collective_timeout_s, ranks)
+    context = torch.multiprocessing.start_processes(_rank, arguments, nprocs=ranks, join=False, start_method="fork")
     deadline = time.monotonic() + TIMEOUT_S
     try:
         while not context.join(timeout=1):
@@ -109,13 +109,13 @@ def run_ranks(
     finally:
         for process in context.processes:
             process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
-def _rank(rank: int, work: Callable[[int], Any], folder: Path, port: int, timeout_s: float) -> None:
+def _rank(rank: int, work: Callable[[int], Any], folder: Path, port: int, timeout_s: float, ranks: int) -> None:
     faulthandler.disable()  # an abort is a result for the test, not the end of the test run
     torch.distributed.init_process_group(
-        "gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=timeout_s), world_size=2, rank=rank
+        "gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=timeout_s), world_size=ranks, rank=rank
     )
     torch.save(work(rank), folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()

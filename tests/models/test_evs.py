@@ -123,6 +123,11 @@ class TestPruning:
         with pytest.raises(FusionError, match=rf"num_video_tokens is {number} for a video of 3 tubelets of 4 tokens"):
             prune_videos(random_features(3, 4).flatten(0, 1), [(3, 4)], [number])
 
+    @pytest.mark.parametrize("numbers", [[6], [6, 6, 6]])
+    def test_as_many_numbers_as_videos_are_expected(self, numbers: list[int]) -> None:
+        with pytest.raises(FusionError, match=rf"num_video_tokens has {len(numbers)} number\(s\) for 2 video\(s\)"):
+            prune_videos(random_features(6, 4).flatten(0, 1), [(3, 4), (3, 4)], numbers)
+
 
 # Where the text goes
 

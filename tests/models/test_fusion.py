@@ -120,3 +120,13 @@ def test_known_rows_are_checked_each_by_itself() -> None:
     ) as error:
         fuse(embeds, features, is_placeholder, [2, 2, 2], num_images=[1, 2])
     assert error.value.row == 0
+
+
+@pytest.mark.parametrize(
+    ("num_images", "told"), [([1, 1], "2 in 2"), ([1, 3], "4 in 2"), ([1, 1, 1], "3 in 3"), ([3], "3 in 1")]
+)
+def test_numbers_of_other_rows_or_images_are_refused(num_images: list[int], told: str) -> None:
+    """With ``[1, 1]`` every row has its own image's placeholders; the third image would be dropped in silence."""
+    is_placeholder = torch.tensor([[True, True, False], [True, True, False]])
+    with pytest.raises(FusionError, match=rf"2 row\(s\) and 3 image\(s\), but their numbers per row tell of {told}"):
+        fuse(torch.zeros(2, 3, 2), torch.ones(6, 2), is_placeholder, [2, 2, 2], num_images=num_images)

@@ -71,12 +71,12 @@ def test_pixels_are_normalised_in_float32_by_a_model_in_bfloat16(make_model):
     pixels = torch.randint(0, 256, (6, 192), dtype=torch.uint8)
     mean = torch.tensor(model.config.norm_mean).repeat_interleave(64)
     std = torch.tensor(model.config.norm_std).repeat_interleave(64)
-    assert torch.equal(model.pixel_norm(pixels), (pixels / 255 - mean) / std)
+    assert torch.equal(model.vision_model.input_conditioner(pixels), (pixels / 255 - mean) / std)
 
 
 def test_normalised_floats_pass_through(make_model):
     pixels = torch.randn(6, 192)
-    assert torch.equal(make_model().pixel_norm(pixels), pixels)
+    assert torch.equal(make_model().vision_model.input_conditioner(pixels), pixels)
 
 
 def test_skipping_logits_changes_neither_loss_nor_gradients(make_model, make_batch, shake):
@@ -362,7 +362,7 @@ def test_loading_in_bfloat16_keeps_the_routers_bias_and_the_pixel_normaliser_exa
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert torch.equal(half.language_model.model.layers[1].mixer.gate.e_score_correction_bias, bias)
     pixels = torch.arange(192, dtype=torch.uint8)[None]
-    assert torch.equal(half.pixel_norm(pixels), model.pixel_norm(pixels))
+    assert torch.equal(half.vision_model.input_conditioner(pixels), model.vision_model.input_conditioner(pixels))
 
 
 def test_the_pixel_normaliser_is_the_configs_after_loading(make_model, tmp_path):
@@ -370,7 +370,7 @@ def test_the_pixel_normaliser_is_the_configs_after_loading(make_model, tmp_path)
     model.config.norm_mean, model.config.norm_std = [0.5, 0.25, 0.0], [0.5, 1.0, 2.0]
     model.save_pretrained(tmp_path)
     pixels = torch.full((1, 192), 255, dtype=torch.uint8)
-    assert load(tmp_path).pixel_norm(pixels)[0, ::64].tolist() == [1.0, 0.75, 0.5]
+    assert load(tmp_path).vision_model.input_conditioner(pixels)[0, ::64].tolist() == [1.0, 0.75, 0.5]
 
 
 def test_a_projector_missing_from_the_checkpoint_is_reported_and_initialised(make_model, tmp_path):

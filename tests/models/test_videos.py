@@ -164,6 +164,25 @@ def test_patches_of_another_width_are_refused(make_model: Callable[..., Nemotron
             model.get_video_features(torch.zeros(4, width, dtype=torch.uint8), grids)
 
 
+def test_patches_of_another_kind_are_refused(seeing: NemotronVL) -> None:
+    """The tower has an embedder for either, so they would be seen all the same, by the wrong one."""
+    with pytest.raises(FusionError, match=r"values_videos has patches of 1 frame\(s\) each; this model expects 2"):
+        seeing.get_video_features(torch.zeros(4, 192, dtype=torch.uint8), torch.tensor([[1, 2, 2]]))
+    with pytest.raises(FusionError, match=r"pixel_values has patches of 2 frame\(s\) each; this model expects 1"):
+        seeing.get_image_features(torch.zeros(4, 384, dtype=torch.uint8), torch.tensor([[2, 2]]))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_pixels_become_floats_pass_by_pass(seeing: NemotronVL, micro_batch: int | None) -> None:
+    """All at once they would be many times the size of the video, whatever a pass of the tower takes."""
+    normalised: list[int] = []
+    seeing.vision_model.input_conditioner.register_forward_hook(lambda _, __, output: normalised.append(len(output)))
+    seeing.vision_model.micro_batch = micro_batch
+    seeing.get_video_features(patches(), VIDEOS)
+    assert sum(normalised) == len(patches())
+    assert len(normalised) == (1 if micro_batch is None else 5)
+
+
 def test_mismatches_are_refused_with_both_numbers(seeing: NemotronVL) -> None:
     with pytest.raises(FusionError, match="pixel_values_videos has 15 patches but video_grid_thw describes 16"):
         seeing.get_video_features(patches()[:15], torch.tensor([[1, 4, 4]]))

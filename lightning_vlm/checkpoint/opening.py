@@ -1,0 +1,109 @@
+"""A model by the name of its folder: the config as its tensors have it, the network without weights, then the weights.
+
+Released configs leave out what decides shapes: the rows of a vocabulary that was padded, the registers of the tower.
+There the tensors have the word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import GenerationConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+
+from lightning_vlm.checkpoint.hf_import import Import, import_weights
+from lightning_vlm.checkpoint.layout import canonical_key
+from lightning_vlm.checkpoint.weight_files import WeightFiles
+from lightning_vlm.models.config import NemotronVLConfig
+from lightning_vlm.models.nemotron_vl import NemotronVL
+from lightning_vlm.schema import DataError
+
+_DOWNLOADED = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", "README.md"]
+_EMBEDDINGS = "language_model.backbone.embeddings.weight"
+_PREFIX_TOKENS = "vision_model.radio_model.model.patch_generator.cls_token.token"
+
+
+def local_folder(name: str) -> Path:
+    """The folder of a model: itself, or the download of a repository.
+
+    Args:
+        name: As `lightning_vlm.checkpoint.source.pretrained_source` lets it through.
+    """
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+
+
+def planned_model(folder: Path, files: WeightFiles) -> NemotronVL:
+    """The network of a folder on the meta device, in PyTorch's default dtype: to be sharded, then filled.
+
+    Args:
+        folder: Of a released model, or one of ours.
+        files: Its weights.
+
+    Raises:
+        DataError: If it has no config.
+    """
+    config = NemotronVLConfig.from_dict(_as_stored(_read_config(folder), files))
+    if _PREFIX_TOKENS in files:
+        config.vision_config.num_registers = files[_PREFIX_TOKENS].shape[0] - config.vision_config.num_cls_tokens
+    with torch.device("meta"):
+        model = NemotronVL(config)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def open_pretrained(
+    folder: Path, from_scratch: Collection[str] = (), device: torch.device | None = None
+) -> tuple[NemotronVL, Import]:
+    """A model with the weights of its folder, in PyTorch's default dtype.
+
+    Args:
+        folder: Of a released model, or one of ours.
+        from_scratch: Parts that get new random weights, see `import_weights`.
+        device: Where it is to be; the CPU by default.
+
+    Raises:
+        DataError: If the folder has no config or no weights, or they do not fit.
+    """
+    files = WeightFiles(folder)
+    model = planned_model(folder, files)
+    return model.eval(), import_weights(model, files, from_scratch, device)
+
+
+def open_random(folder: Path) -> NemotronVL:
+    """A model with random weights, of the config of a folder.
+
+    Args:
+        folder: With a ``config.json``.
+
+    Raises:
+        DataError: If it has none.
+    """
+    return NemotronVL(NemotronVLConfig.from_dict(_read_config(folder)))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG_NAME).is_file():
+        raise DataError(
+            "model.model_id",
+            f"{str(folder)!r} has no {CONFIG_NAME}",
+            f"name a folder with a {CONFIG_NAME}, or set model.config",
+        )
+    try:
+        config, _ = NemotronVLConfig.get_config_dict(folder)
+    except OSError as error:
+        raise DataError(str(folder / CONFIG_NAME), "it is no JSON", "fetch or write it anew") from error
+    return config
+
+
+def _as_stored(config: dict[str, Any], files: WeightFiles) -> dict[str, Any]:
+    """The config with as many rows of the vocabulary as the files have: a released one may count fewer."""
+    name = "llm_config" if "llm_config" in config else "text_config"
+    key = next((key for key in files if canonical_key(key) == _EMBEDDINGS), None)
+    if key is None or not isinstance(config.get(name), dict):
+        return config
+    return {**config, name: {**config[name], "vocab_size": files[key].shape[0]}}

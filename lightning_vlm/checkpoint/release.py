@@ -1,0 +1,147 @@
+"""The whole folder of an exported model: weights, and all that serving reads beside them.
+
+Config, tokenizer, template and the rest are the base's own files; the processor's settings are those of the training
+where they differ; the model card says where the weights come from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
+
+from lightning_vlm.checkpoint.hf_export import complete_folder, plan_weights, write_weights
+from lightning_vlm.checkpoint.model_card import model_card
+from lightning_vlm.checkpoint.opening import local_folder
+from lightning_vlm.checkpoint.trained import TrainedWeights
+from lightning_vlm.checkpoint.weight_files import WeightFiles
+from lightning_vlm.models.config import NemotronVLConfig
+from lightning_vlm.processing.load import load_processor
+from lightning_vlm.schema import DataError
+
+_CARD = "README.md"
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf")
+_DTYPE_NAMES = ("torch_dtype", "dtype")
+
+
+@dataclass(slots=True)
+class Release:
+    """What was written.
+
+    Attributes:
+        folder: Where to.
+        base: What the rest came from; ``None`` without one.
+        files: Files of weights.
+        num_bytes: Of the weights.
+        notes: What whoever serves the model should know.
+    """
+
+    folder: Path
+    base: Path | None
+    files: int
+    num_bytes: int
+    notes: list[str] = field(default_factory=list)
+
+
+def release(
+    trained: TrainedWeights,
+    out: Path,
+    base: Path | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    check: Callable[[Path], object] | None = None,
+) -> Release:
+    """Writes a model that can be served.
+
+    Args:
+        trained: Its weights and what the checkpoint knows of the run.
+        out: The folder; it appears when it is complete.
+        base: The model that the training began with, where the checkpoint's own ``model_id`` does not lead there.
+        dtype: Of the weights; as in the base, or as trained, by default.
+        overwrite: Replace what is in ``out``.
+        check: Looks at the complete folder before it gets its name; what it raises leaves nothing behind.
+
+    Raises:
+        DataError: If the base is not where it was, does not fit the weights, or the folder cannot be written.
+    """
+    base = base or _recorded_base(trained)
+    files = WeightFiles(base) if base is not None and trained.hyperparameters.get("init") != "random" else None
+    plan = plan_weights(trained, files, dtype)
+    result = Release(out, base, len(plan.files), plan.num_bytes)
+    with complete_folder(out, overwrite) as folder:
+        write_weights(folder, plan, trained, files)
+        if base is not None:
+            _copy_rest(base, folder)
+        if not (folder / CONFIG_NAME).is_file():
+            NemotronVLConfig.from_dict(trained.hyperparameters["config"]).save_pretrained(folder)
+        if dtype is not None:
+            _set_dtype(folder / CONFIG_NAME, dtype)
+        result.notes += _write_processor(trained, base, folder)
+        (folder / _CARD).write_text(model_card(trained, out.name, plan.num_bytes, result.notes), encoding="utf-8")
+        if check is not None:
+            check(folder)
+    return result
+
+
+def record_of(trained: TrainedWeights) -> dict[str, Any]:
+    """What `lightning_vlm.callbacks.record.RunRecord` left in a checkpoint; empty where there is none.
+
+    Args:
+        trained: The checkpoint.
+    """
+    return trained.rest.get("callbacks", {}).get("RunRecord", {})
+
+
+def _recorded_base(trained: TrainedWeights) -> Path | None:
+    name = trained.hyperparameters.get("model_id")
+    if name is None:
+        return None
+    try:
+        return local_folder(name)
+    except Exception as error:
+        raise DataError(
+            str(trained.path),
+            f"it was trained from {name!r}, which is no folder here ({type(error).__name__})",
+            "name that folder with --base",
+        ) from error
+
+
+def _copy_rest(base: Path, folder: Path) -> None:
+    for file in sorted(base.iterdir()):
+        is_weight = file.name.endswith(_WEIGHTS)
+        if file.is_file() and not is_weight and file.name != _CARD and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    changed = {name: str(dtype).removeprefix("torch.") for name in _DTYPE_NAMES if name in config}
+    path.write_text(json.dumps({**config, **changed}, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_processor(trained: TrainedWeights, base: Path | None, folder: Path) -> list[str]:
+    """Leaves the base's files where they say what the training did; returns what serving should know."""
+    settings = record_of(trained).get("processor")
+    if settings is None:
+        return []
+    saved = None if base is None else json.loads(json.dumps(load_processor(str(base)).to_dict()))
+    if settings == saved:
+        return []
+    (folder / PROCESSOR_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if saved is None:
+        return []
+    changed = [f"{name} {old!r} -> {new!r}" for name, old, new in _changes(saved, settings)]
+    return [f"media were prepared otherwise than {base} says: {', '.join(changed)}; serve with the same settings"]
+
+
+def _changes(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted({*old, *new})
+        return [change for key in names for change in _changes(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
+    return [] if old == new else [(name, old, new)]

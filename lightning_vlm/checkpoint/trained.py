@@ -1,0 +1,157 @@
+"""The weights of a training checkpoint, one at a time: a single file, or a folder of shards of any number of ranks.
+
+Nothing of a GPU, of a process group, or of the run that wrote it is needed, and a few tensors at most are in memory:
+single files are mapped, and of a folder of PyTorch's distributed checkpoints each tensor is put together when it is
+read.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from lightning_vlm.checkpoint.shards import PlainReader
+from lightning_vlm.schema import DataError
+
+_PREFIX = "model."
+"""Of the network inside `NemotronVLModule`."""
+_META = "meta.pt"  # where Lightning keeps what is no tensor, beside the shards
+_LAST = "last.ckpt"
+_KEPT = 2
+"""Tensors of shards that stay in memory: those of experts are asked for expert after expert, of two projections."""
+
+
+class TrainedWeights(Mapping[str, Tensor], ABC):
+    """Weights by the names of `NemotronVL`, read when they are asked for.
+
+    Attributes:
+        path: The checkpoint.
+        rest: What else is in it: hyperparameters, states of callbacks, progress.
+    """
+
+    path: Path
+    rest: dict[str, Any]
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Of the `NemotronVLModule` that was trained."""
+        return self.rest.get("hyper_parameters", {})
+
+
+class _SingleFile(TrainedWeights):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        checkpoint = _load(path, mmap=True)
+        state = checkpoint.pop("state_dict", None) if isinstance(checkpoint, dict) else None
+        if not isinstance(state, dict):
+            raise DataError(str(path), "it is no checkpoint of a training", "name a .ckpt file of a run")
+        self.rest = checkpoint
+        self._state = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._state[name].shape)
+
+
+class _Shards(TrainedWeights):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rest = _load(path / _META)
+        prefix = f"state_dict.{_PREFIX}"
+        stored = _plainly(path / ".metadata", lambda: PlainReader(path).read_metadata()).state_dict_metadata
+        self._read: dict[str, Tensor] = {}
+        self._stored = {
+            key.removeprefix(prefix): entry
+            for key, entry in stored.items()
+            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._read:
+            return self._read[name]
+        entry = self._stored[name]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        state = {"state_dict": {_PREFIX + name: tensor}}
+        dcp.load(state, storage_reader=PlainReader(self.path), no_dist=True)
+        self._read[name] = tensor
+        while len(self._read) > _KEPT:
+            del self._read[next(iter(self._read))]
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._stored[name].size)
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that a user means: itself, or the newest of a run's folder.
+
+    Args:
+        path: A checkpoint, or the folder of a run.
+
+    Raises:
+        DataError: If there is none.
+    """
+    path = Path(path)
+    if path.is_file() or (path / _META).is_file():
+        return path
+    for candidate in (path / _LAST, path / "checkpoints" / _LAST):
+        if candidate.exists():
+            return candidate
+    found = f"there is no {_LAST} in it, nor in checkpoints/ below it" if path.is_dir() else "it does not exist"
+    raise DataError(str(path), found, "name a checkpoint, or the folder of a run that has one")
+
+
+def open_trained(path: Path) -> TrainedWeights:
+    """The weights of a checkpoint.
+
+    Args:
+        path: A file, or a folder of shards.
+
+    Raises:
+        DataError: If it is no checkpoint of a `NemotronVLModule`, or it cannot be read without running its code.
+    """
+    weights: TrainedWeights = _Shards(path) if path.is_dir() else _SingleFile(path)
+    if not weights:
+        raise DataError(str(path), "it holds no weights of a NemotronVLModule", "name a checkpoint of such a run")
+    return weights
+
+
+def _load(path: Path, mmap: bool = False) -> Any:
+    return _plainly(path, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+
+
+def _plainly(path: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            str(path), f"it cannot be read as plain data ({reason})", "name another checkpoint of the run"
+        ) from error
