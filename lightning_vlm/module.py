@@ -10,12 +10,13 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import ModuleDict
 from torch.optim import AdamW
@@ -28,6 +29,7 @@ from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.fusion import FusionError
+from lightning_vlm.models.lora import Lora, add_adapters
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.models.parts import check_parts
 from lightning_vlm.processing.processor import NemotronVLProcessor
@@ -57,6 +59,8 @@ class NemotronVLModule(L.LightningModule):
         warmup: Warm-up steps, or a fraction of the run if below 1.
         min_lr_ratio: Learning rate at the end of the run, relative to the peak.
         freeze: Parts that are not trained: ``vision``, ``projector``, ``audio``, ``audio_projector``, ``language``.
+        lora: Train adapters instead of weights: `Lora`, or its fields as a dict; parts that it does not name are
+            frozen.
         gradient_checkpointing: Recompute activations in the backward pass to save memory: in all parts, or in those
             named among ``vision``, ``audio`` and ``language``.
         vision_micro_batch: Most frames (images, tiles, frames of videos) of one pass of the vision tower, so that a
@@ -83,6 +87,7 @@ class NemotronVLModule(L.LightningModule):
         warmup: float = 0.03,
         min_lr_ratio: float = 0.1,
         freeze: list[str] | None = None,
+        lora: Lora | dict[str, Any] | None = None,
         gradient_checkpointing: bool | list[str] = False,
         vision_micro_batch: int | None = None,
         generate_on_validation: bool = True,
@@ -97,6 +102,9 @@ class NemotronVLModule(L.LightningModule):
         if vision_micro_batch is not None and vision_micro_batch < 1:
             raise ValueError(f"vision_micro_batch is {vision_micro_batch}; expected at least one frame, or none")
         config = config.to_dict() if isinstance(config, NemotronVLConfig) else config
+        if lora is not None and freeze:
+            raise ValueError(f"freeze={freeze} beside lora, which freezes what it does not name; give one of them")
+        lora = None if lora is None else asdict(Lora(**lora) if isinstance(lora, dict) else lora)
         self.save_hyperparameters()
         self.model: NemotronVL | None = None
         self.processor: NemotronVLProcessor | None = None
@@ -125,8 +133,17 @@ class NemotronVLModule(L.LightningModule):
         model.train()
         recompute_activations(model, options.gradient_checkpointing)
         model.vision_model.micro_batch = options.vision_micro_batch
+        if options.lora is not None:
+            self._adapt(model, Lora(**options.lora))
         freeze(model, options.freeze or [])
         self.model = model
+
+    @staticmethod
+    def _adapt(model: NemotronVL, lora: Lora) -> None:
+        coverage = add_adapters(model, lora)
+        rank_zero_info(str(coverage))
+        for warning in coverage.warnings():
+            rank_zero_warn(warning)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run brings: packed documents are isolated, no sample is lost, and an export knows the run."""

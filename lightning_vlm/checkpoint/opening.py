@@ -6,7 +6,7 @@ There the tensors have the word.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from lightning_vlm.checkpoint.hf_import import Import, import_weights
 from lightning_vlm.checkpoint.layout import canonical_key
-from lightning_vlm.checkpoint.weight_files import WeightFiles
+from lightning_vlm.checkpoint.weight_files import StoredTensor, WeightFiles
 from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.schema import DataError
@@ -36,19 +36,20 @@ def local_folder(name: str) -> Path:
     return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
 
 
-def planned_model(folder: Path, files: WeightFiles) -> NemotronVL:
+def planned_model(folder: Path, files: WeightFiles | None = None) -> NemotronVL:
     """The network of a folder on the meta device, in PyTorch's default dtype: to be sharded, then filled.
 
     Args:
         folder: Of a released model, or one of ours.
-        files: Its weights.
+        files: Its weights, where there are any: they decide what the config leaves open.
 
     Raises:
         DataError: If it has no config.
     """
-    config = NemotronVLConfig.from_dict(_as_stored(_read_config(folder), files))
-    if _PREFIX_TOKENS in files:
-        config.vision_config.num_registers = files[_PREFIX_TOKENS].shape[0] - config.vision_config.num_cls_tokens
+    found: Mapping[str, StoredTensor] = {} if files is None else files
+    config = NemotronVLConfig.from_dict(_as_stored(_read_config(folder), found))
+    if _PREFIX_TOKENS in found:
+        config.vision_config.num_registers = found[_PREFIX_TOKENS].shape[0] - config.vision_config.num_cls_tokens
     with torch.device("meta"):
         model = NemotronVL(config)
     if (folder / GENERATION_CONFIG_NAME).is_file():
@@ -100,7 +101,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _as_stored(config: dict[str, Any], files: WeightFiles) -> dict[str, Any]:
+def _as_stored(config: dict[str, Any], files: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """The config with as many rows of the vocabulary as the files have: a released one may count fewer."""
     name = "llm_config" if "llm_config" in config else "text_config"
     key = next((key for key in files if canonical_key(key) == _EMBEDDINGS), None)

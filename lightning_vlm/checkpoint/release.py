@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
+from lightning_vlm.checkpoint.adapter import write_adapter
 from lightning_vlm.checkpoint.hf_export import complete_folder, plan_weights, write_weights
+from lightning_vlm.checkpoint.merged import MergedWeights, lora_of, trained_adapters
 from lightning_vlm.checkpoint.model_card import model_card
 from lightning_vlm.checkpoint.opening import local_folder
 from lightning_vlm.checkpoint.trained import TrainedWeights
@@ -55,7 +57,7 @@ def release(
     base: Path | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
-    check: Callable[[Path], object] | None = None,
+    check: Callable[[TrainedWeights, Path], object] | None = None,
 ) -> Release:
     """Writes a model that can be served.
 
@@ -65,12 +67,15 @@ def release(
         base: The model that the training began with, where the checkpoint's own ``model_id`` does not lead there.
         dtype: Of the weights; as in the base, or as trained, by default.
         overwrite: Replace what is in ``out``.
-        check: Looks at the complete folder before it gets its name; what it raises leaves nothing behind.
+        check: Gets the weights that were written and the complete folder before it has its name; what it raises leaves
+            nothing behind.
 
     Raises:
         DataError: If the base is not where it was, does not fit the weights, or the folder cannot be written.
     """
     base = base or _recorded_base(trained)
+    if lora_of(trained) is not None:
+        trained = MergedWeights(trained, trained_adapters(trained, base))
     files = WeightFiles(base) if base is not None and trained.hyperparameters.get("init") != "random" else None
     plan = plan_weights(trained, files, dtype)
     result = Release(out, base, len(plan.files), plan.num_bytes)
@@ -85,7 +90,29 @@ def release(
         result.notes += _write_processor(trained, base, folder)
         (folder / _CARD).write_text(model_card(trained, out.name, plan.num_bytes, result.notes), encoding="utf-8")
         if check is not None:
-            check(folder)
+            check(trained, folder)
+    return result
+
+
+def release_adapter(trained: TrainedWeights, out: Path, base: Path | None = None, overwrite: bool = False) -> Release:
+    """Writes the adapters of a LoRA run alone.
+
+    Args:
+        trained: Its checkpoint.
+        out: The folder; it appears when it is complete.
+        base: As for `release`.
+        overwrite: Replace what is in ``out``.
+
+    Raises:
+        DataError: If it was no LoRA run, or more was trained than adapters.
+    """
+    if lora_of(trained) is None:
+        raise DataError(str(trained.path), "it was trained without LoRA", "export without --adapter")
+    base = base or _recorded_base(trained)
+    result = Release(out, base, 1, 0)
+    with complete_folder(out, overwrite) as folder:
+        result.num_bytes = write_adapter(folder, trained, trained_adapters(trained, base))
+        (folder / _CARD).write_text(model_card(trained, out.name, result.num_bytes), encoding="utf-8")
     return result
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_vlm.checkpoint.release import Release, record_of, release
+from lightning_vlm.checkpoint.release import Release, record_of, release, release_adapter
 from lightning_vlm.checkpoint.trained import find_checkpoint, open_trained
 from lightning_vlm.checkpoint.verify import verify
 
@@ -29,21 +29,22 @@ def export(arguments: list[str]) -> int:
     Raises:
         DataError: If the model cannot be written as it was trained.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.adapter and (options.dtype or options.verify):
+        parser.error("--adapter goes with neither --dtype nor --verify: adapters are written as they are")
     checkpoint = find_checkpoint(options.checkpoint)
     trained = open_trained(checkpoint)
     out = Path(options.out).resolve()
     base = None if options.base is None else Path(options.base)
     sample = record_of(trained).get("sample")
     logit = []
-    result = release(
-        trained,
-        out,
-        base,
-        None if options.dtype is None else DTYPES[options.dtype],
-        options.overwrite,
-        check=(lambda folder: logit.append(verify(trained, folder, sample))) if options.verify else None,
-    )
+    if options.adapter:
+        result = release_adapter(trained, out, base, options.overwrite)
+    else:
+        dtype = None if options.dtype is None else DTYPES[options.dtype]
+        check = (lambda weights, folder: logit.append(verify(weights, folder, sample))) if options.verify else None
+        result = release(trained, out, base, dtype, options.overwrite, check)
     print(_told(checkpoint, result))
     if logit:
         of = "a sample of the training data" if sample is not None else "a few tokens of text: the run left no sample"
@@ -69,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", help="the model that the training began with, if it is no longer where it was")
     parser.add_argument(
         "--verify", action="store_true", help="compare logits with the checkpoint's; keep nothing if they differ"
+    )
+    parser.add_argument(
+        "--adapter", action="store_true", help="of a LoRA run, write its adapters alone (peft's format)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
     return parser

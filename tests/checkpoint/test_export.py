@@ -17,6 +17,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 from transformers import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
 
@@ -305,7 +307,7 @@ def test_a_killed_export_leaves_no_folder_and_the_next_one_works(base, fit, tmp_
         "from lightning_vlm.checkpoint.release import release\n"
         "from lightning_vlm.checkpoint.trained import open_trained\n"
         "release(open_trained(Path(sys.argv[1])), Path(sys.argv[2]),\n"
-        "        check=lambda folder: os.kill(os.getpid(), signal.SIGKILL))\n"
+        "        check=lambda weights, folder: os.kill(os.getpid(), signal.SIGKILL))\n"
     )
     out = tmp_path / "new" / "out"
     ended = subprocess.run([sys.executable, "-c", script, str(checkpoint), str(out)], check=False, timeout=120)
@@ -350,3 +352,52 @@ def test_what_is_new_joins_the_last_file(make_theirs, fit, tmp_path):
     assert (after[key].file, after[key].dtype) == ("model-00002-of-00002.safetensors", torch.bfloat16)
     assert all(torch.equal(after.read(name), value) for name, value in weights.items())
     assert NemotronVL.from_pretrained(tmp_path / "out").vision_model.embeddings.video_patch_projection.weight.any()
+
+
+# LoRA
+
+
+def test_a_lora_run_is_exported_merged(base, fit, tmp_path, make_batch, as_floats, capsys):
+    scopes = ["attention", "mamba", "mlp", *(["experts"] if base.name == "omni" else [])]
+    fit(base, lora={"language": scopes, "vision": "lora", "projector": "full", "rank": 4}, lr=3e-2)
+    arguments = ["export", str(tmp_path / "run"), str(tmp_path / "out")]
+    assert main([*arguments, "--dtype", "fp32", "--verify"]) == 0
+    module = NemotronVLModule.load_from_checkpoint(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    batch = make_batch(MIXED)
+    with torch.no_grad():
+        adapted = module.network.eval()(**batch).logits
+        before = open_pretrained(base)[0](**batch).logits
+        after = as_transformers(tmp_path / "out")(**as_floats(batch, module.network)).logits
+    assert (adapted - before).abs().max() > 0.1
+    assert (after - adapted).abs().max() < 1e-4 * adapted.abs().max()
+    assert main([*arguments, "--adapter", "--overwrite"]) == 1
+    assert "which an adapter in peft's format and released names cannot hold; export without" in capsys.readouterr().err
+
+
+def test_adapters_alone_add_up_to_the_merged_model(base, fit, tmp_path):
+    checkpoint = fit(base, lora={"vision": "lora", "projector": "lora", "rank": 4, "alpha": 12}, lr=3e-2)
+    export(checkpoint, tmp_path / "out", dtype=torch.float32)
+    assert main(["export", str(checkpoint), str(tmp_path / "adapter"), "--adapter"]) == 0
+    config = LoraConfig.from_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    before, after = WeightFiles(base), WeightFiles(tmp_path / "out")
+    for module in config.target_modules:
+        a, b = (tensors[f"base_model.model.{module}.lora_{which}.weight"] for which in "AB")
+        rank = config.rank_pattern.get(module, config.r)
+        assert a.shape[0] == rank == (12 if module.endswith("qkv") else 4)
+        update = config.alpha_pattern.get(module, config.lora_alpha) / rank * (b @ a)
+        assert update.any()
+        merged = before.read(f"{module}.weight").float() + update
+        torch.testing.assert_close(merged, after.read(f"{module}.weight"), rtol=0, atol=1e-6)
+    adapted = {f"{module}.weight" for module in config.target_modules}
+    same = [key for key in before if torch.equal(before.read(key).float(), after.read(key).float())]
+    assert set(same) == before.keys() - adapted
+
+
+def test_adapters_of_a_full_run_are_refused(base, fit, tmp_path, capsys):
+    arguments = ["export", str(fit(base)), str(tmp_path / "adapter"), "--adapter"]
+    assert main(arguments) == 1
+    assert "it was trained without LoRA; export without --adapter." in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--verify"])
+    assert ended.value.code == 2
