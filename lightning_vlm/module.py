@@ -6,7 +6,6 @@ and in the precision of the Trainer.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable
@@ -19,12 +18,12 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import ModuleDict
-from torch.optim import AdamW
 
 from lightning_vlm.callbacks.isolation import IsolationProbe
 from lightning_vlm.callbacks.ledger import EpochLedger
 from lightning_vlm.callbacks.record import RunRecord
-from lightning_vlm.checkpoint.opening import local_folder, open_pretrained, open_random
+from lightning_vlm.callbacks.trainable_check import TrainableCheck
+from lightning_vlm.checkpoint.opening import local_folder, make_config, open_pretrained, open_random
 from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.models.config import NemotronVLConfig
@@ -38,7 +37,8 @@ from lightning_vlm.training.freezing import freeze
 from lightning_vlm.training.generation import generate_answers
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
 from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens
-from lightning_vlm.training.optim import parameter_groups, warmup_cosine
+from lightning_vlm.training.optim import OptimizerName, count_steps, warmup_cosine
+from lightning_vlm.training.optimizers import check_optimizer, make_optimizer
 from lightning_vlm.training.reached import ReachedMedia
 from lightning_vlm.training.recomputation import check_recomputed, recompute_activations
 from lightning_vlm.training.resume import move_progress, reopen_epoch, rewind_to_last_step
@@ -56,6 +56,11 @@ class NemotronVLModule(L.LightningModule):
         lr: Peak learning rate, or one per part: ``{vision: 2e-6, projector: 1e-4, language: 1e-5}``.
         weight_decay: Of weight matrices.
         betas: Of AdamW.
+        optimizer: ``adamw``; ``adamw8bit``, which keeps its states in 8 bits (torchao); or ``muon``, for the hidden
+            matrices, with AdamW for the rest.
+        layer_decay: Factor of the learning rate from one layer of the vision tower to the one below, e.g. 0.75.
+        no_decay: Parameters without weight decay, besides vectors and learned positions: names or patterns such as
+            ``language.model.embeddings.weight`` and ``vision.encoder.layer.*.mlp.*``.
         warmup: Warm-up steps, or a fraction of the run if below 1.
         min_lr_ratio: Learning rate at the end of the run, relative to the peak.
         freeze: Parts that are not trained: ``vision``, ``projector``, ``audio``, ``audio_projector``, ``language``.
@@ -84,6 +89,9 @@ class NemotronVLModule(L.LightningModule):
         lr: float | dict[str, float] = 1e-5,
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
+        optimizer: OptimizerName = "adamw",
+        layer_decay: float = 1.0,
+        no_decay: list[str] | None = None,
         warmup: float = 0.03,
         min_lr_ratio: float = 0.1,
         freeze: list[str] | None = None,
@@ -99,6 +107,7 @@ class NemotronVLModule(L.LightningModule):
             raise ValueError("NemotronVLModule takes either model_id or config; give one of them")
         check_parts([*(freeze or []), *(lr if isinstance(lr, dict) else [])])
         check_recomputed(gradient_checkpointing)
+        check_optimizer(optimizer, layer_decay)
         if vision_micro_batch is not None and vision_micro_batch < 1:
             raise ValueError(f"vision_micro_batch is {vision_micro_batch}; expected at least one frame, or none")
         config = config.to_dict() if isinstance(config, NemotronVLConfig) else config
@@ -112,7 +121,7 @@ class NemotronVLModule(L.LightningModule):
         self.scores = ModuleDict()
         self._groups: dict[str, str] = {}  # file -> name of its score group
         self._step_loss: Tensor | None = None
-        self._reached = ReachedMedia()
+        self.reached = ReachedMedia()
         self._applied = (0, 0)  # epoch, and batches of it whose gradient is in the weights
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
 
@@ -122,7 +131,7 @@ class NemotronVLModule(L.LightningModule):
             return
         options = self.hparams
         if options.config is not None:
-            model = NemotronVL(NemotronVLConfig.from_dict(options.config))
+            model = NemotronVL(make_config("model.config", options.config))
         else:
             folder = local_folder(pretrained_source(options.model_id, "model.model_id"))
             if options.init == "random":
@@ -146,8 +155,8 @@ class NemotronVLModule(L.LightningModule):
             rank_zero_warn(warning)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What every run brings: packed documents are isolated, no sample is lost, and an export knows the run."""
-        return [IsolationProbe(), EpochLedger(), RunRecord()]
+        """What every run brings: documents are isolated, what trains moves, no sample is lost, exports know the run."""
+        return [IsolationProbe(), TrainableCheck(), EpochLedger(), RunRecord()]
 
     def setup(self, stage: str) -> None:
         """Starts afresh, and takes the processor and the names of score groups from the datamodule.
@@ -162,7 +171,7 @@ class NemotronVLModule(L.LightningModule):
                     "follow it; set trainer.accumulate_grad_batches"
                 )
             self._applied, self._step_loss = (0, 0), None  # a checkpoint is loaded after this
-            self._reached = ReachedMedia()
+            self.reached = ReachedMedia()
         datamodule = self._datamodule
         if datamodule is None:
             return
@@ -198,7 +207,7 @@ class NemotronVLModule(L.LightningModule):
                 f"{batch.step_label_tokens}; load it with VLMDataModule, or set batch.step_label_tokens to their sum"
             )
         label_tokens = step_label_tokens(batch.step_label_tokens, self.device)
-        self._reached.add(batch)
+        self.reached.add(batch)
         loss_sum = self._loss_sum(batch)
         share = loss_sum.detach() / label_tokens.to(loss_sum.device, loss_sum.dtype)
         self._step_loss = share if self._step_loss is None else self._step_loss + share
@@ -211,7 +220,7 @@ class NemotronVLModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leaves alone what no medium reached; logs the step's loss and the norm of its gradient before clipping."""
-        self._reached.leave_unreached_alone(self.network, self.device)
+        self.reached.leave_unreached_alone(self.network, self.device)
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients), prog_bar=False)
         if self._step_loss is not None:
@@ -295,10 +304,10 @@ class NemotronVLModule(L.LightningModule):
         self._log_scores("test")
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with a group per part, warm-up and cosine over our own count of steps."""
+        """The optimizer with groups by part, warm-up and cosine over our own count of steps."""
         options = self.hparams
-        groups = parameter_groups(self.network, options.lr, options.weight_decay)
-        optimizer = AdamW(groups, betas=tuple(options.betas))
+        names = ("optimizer", "lr", "betas", "weight_decay", "layer_decay", "no_decay")
+        optimizer = make_optimizer(self.network, **{name: options[name] for name in names})
         schedule = warmup_cosine(optimizer, self.total_steps(), options.warmup, options.min_lr_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -310,17 +319,8 @@ class NemotronVLModule(L.LightningModule):
         Raises:
             ValueError: If the run has no end, or its data is not a `VLMDataModule`'s and ``max_steps`` is not set.
         """
-        trainer = self.trainer
-        limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0 and self._datamodule is not None:
-            # Lightning has copied overfit_batches into the limit.
-            batches = _limited(len(self._datamodule.train_plan()), trainer.limit_train_batches)
-            limits.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
-        if not limits:
-            raise ValueError(
-                "the schedule needs to know the number of steps; set trainer.max_steps or max_epochs (besides max_time)"
-            )
-        return min(limits)
+        batches = None if self._datamodule is None else len(self._datamodule.train_plan())
+        return count_steps(self.trainer, batches)
 
     @property
     def _datamodule(self) -> VLMDataModule | None:
@@ -374,10 +374,3 @@ class NemotronVLModule(L.LightningModule):
 
 def _score_key(split: str, group: str) -> str:
     return f"{split}/{group.replace('.', '_')}"  # torch allows no dot in a module's name
-
-
-def _limited(batches: int, limit: int | float | None) -> int:
-    """Lightning's rule for ``limit_*_batches``: an int is a number of batches, a float a fraction."""
-    if limit is None:
-        return batches
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)

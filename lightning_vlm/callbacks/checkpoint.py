@@ -1,16 +1,21 @@
-"""RunCheckpoint: Lightning's ModelCheckpoint with the settings under which no night is lost.
+"""RunCheckpoint and BestCheckpoint: Lightning's ModelCheckpoint with the settings under which no night is lost.
 
 It saves every so many steps, at any exception (SIGTERM included), and at the end of the run, which ModelCheckpoint
 leaves out when the number of steps is not a multiple. ``last.ckpt`` is always the newest of them; a second run in the
-same folder replaces it instead of writing ``last-v1.ckpt`` beside it.
+same folder replaces it instead of writing ``last-v1.ckpt`` beside it. A file is whole or not there
+(`AtomicCheckpointIO`).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_vlm.checkpoint.atomic_io import AtomicCheckpointIO
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -36,9 +41,49 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Sees to it that files are whole, unless the user chose who writes them."""
+        super().setup(trainer, pl_module, stage)
+        _write_whole_files(trainer)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the end of the run as ``last.ckpt``."""
         if not trainer.fast_dev_run:
             path = Path(self.dirpath or ".") / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
             trainer.save_checkpoint(path, weights_only=False)
             self.last_model_path = str(path)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoints with the best values of a metric, beside those of `RunCheckpoint`.
+
+    Args:
+        dirpath: Folder of the checkpoints.
+        monitor: The metric, as it is logged in validation.
+        mode: Whether ``min`` or ``max`` of it is best.
+        keep: How many are kept.
+    """
+
+    def __init__(
+        self, dirpath: str, monitor: str = "val/loss", mode: Literal["min", "max"] = "min", keep: int = 1
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename=f"best-step={{step:06d}}-{monitor.replace('/', '_')}={{{monitor}:.4g}}",
+            auto_insert_metric_name=False,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=keep,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Sees to it that files are whole, unless the user chose who writes them."""
+        super().setup(trainer, pl_module, stage)
+        _write_whole_files(trainer)
+
+
+def _write_whole_files(trainer: L.Trainer) -> None:
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
@@ -32,8 +33,38 @@ def local_folder(name: str) -> Path:
 
     Args:
         name: As `lightning_vlm.checkpoint.source.pretrained_source` lets it through.
+
+    Raises:
+        DataError: If it cannot be downloaded.
     """
-    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+    except OSError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            "model.model_id",
+            f"{name!r} cannot be fetched ({reason})",
+            "name a folder, or a repository that can be reached",
+        ) from error
+
+
+def make_config(source: str, content: dict[str, Any]) -> NemotronVLConfig:
+    """A config of its content.
+
+    Args:
+        source: Where the content stands, for the error.
+        content: Of a ``config.json``, released or ours.
+
+    Raises:
+        DataError: If it describes no model.
+    """
+    try:
+        return NemotronVLConfig.from_dict(content)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        problem = f"it describes no model: {' '.join(str(error).split())}"
+        raise DataError(source, problem, "correct it, or fetch it anew") from error
 
 
 def planned_model(folder: Path, files: WeightFiles | None = None) -> NemotronVL:
@@ -47,7 +78,7 @@ def planned_model(folder: Path, files: WeightFiles | None = None) -> NemotronVL:
         DataError: If it has no config.
     """
     found: Mapping[str, StoredTensor] = {} if files is None else files
-    config = NemotronVLConfig.from_dict(_as_stored(_read_config(folder), found))
+    config = make_config(str(folder / CONFIG_NAME), _as_stored(_read_config(folder), found))
     if _PREFIX_TOKENS in found:
         config.vision_config.num_registers = found[_PREFIX_TOKENS].shape[0] - config.vision_config.num_cls_tokens
     with torch.device("meta"):
@@ -84,7 +115,7 @@ def open_random(folder: Path) -> NemotronVL:
     Raises:
         DataError: If it has none.
     """
-    return NemotronVL(NemotronVLConfig.from_dict(_read_config(folder)))
+    return NemotronVL(make_config(str(folder / CONFIG_NAME), _read_config(folder)))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

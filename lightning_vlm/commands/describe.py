@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers.utils import CONFIG_NAME
 
 from lightning_vlm.models.architecture import Architecture, aligned, describe_architecture, format_bytes, save_text
 from lightning_vlm.models.nemotron_vl import NemotronVL
@@ -38,20 +35,12 @@ def planned_network(options: dict[str, Any], precision: str | int | None) -> Nem
         precision: Of the Trainer.
 
     Raises:
-        DataError: If the model's folder holds no config.
-        ValueError: If the options describe no model.
+        DataError: If the model's folder holds no config, or one that describes no model.
+        ValueError: If the options do not fit each other.
     """
     module = NemotronVLModule(**{**options, "init": "random"})  # random: of a folder, its config is read alone
-    name = options.get("model_id")
-    if name is not None and Path(name).is_dir() and not Path(name, CONFIG_NAME).is_file():
-        raise _no_config(name, f"it has no {CONFIG_NAME}")  # transformers would make a model of its defaults
-    try:
-        with torch.device("meta"):
-            network = module.network
-    except OSError as error:
-        raise _no_config(name, (str(error).splitlines() or [type(error).__name__])[0]) from error
-    except StrictDataclassError as error:
-        raise ValueError(f"the model's config is wrong: {' '.join(str(error).split())}") from error
+    with torch.device("meta"):
+        network = module.network
     return network.to(dtype=_DTYPES.get(str(precision), torch.float32))
 
 
@@ -121,8 +110,3 @@ def _memory_text(memory: dict[str, int]) -> str:
     }
     header = ("training", "memory", "")
     return aligned([header, *((name, format_bytes(memory[name]), formulas[name]) for name in formulas)], left=(0, 2))
-
-
-def _no_config(name: Any, reason: str) -> DataError:
-    problem = f"{str(name)!r} holds no config that can be read ({reason})"
-    return DataError("model.model_id", problem, f"name a folder with a {CONFIG_NAME}, or set model.config")

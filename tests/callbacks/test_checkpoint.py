@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +17,9 @@ import pytest
 import torch
 
 from lightning_vlm import NemotronVLConfig, NemotronVLModule, NemotronVLProcessor, VLMDataModule
-from lightning_vlm.callbacks.checkpoint import RunCheckpoint
+from lightning_vlm.callbacks.checkpoint import BestCheckpoint, RunCheckpoint
+from lightning_vlm.checkpoint.atomic_io import AtomicCheckpointIO
+from lightning_vlm.schema import StoppingError
 
 
 class StopAfter(L.Callback):
@@ -86,3 +94,87 @@ def test_a_second_run_replaces_last(fit: Callable[..., Rows], tmp_path: Path) ->
     fit(max_epochs=1)
     fit(max_epochs=2)
     assert saved(tmp_path) == {"step=000010.ckpt": 10, "last.ckpt": 10}
+
+
+class FullDisk:
+    """torch.save on a disk that is full from some call on: half of the bytes, then the error."""
+
+    def __init__(self, good: int) -> None:
+        self.good, self.save = good, torch.save
+
+    def __call__(self, content: Any, file: Any) -> None:
+        self.good -= 1
+        if self.good >= 0:
+            self.save(content, file)
+            return
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_older_checkpoint(
+    fit: Callable[..., Rows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit(max_epochs=1).seen
+    shutil.rmtree(tmp_path / "checkpoints")
+    monkeypatch.setattr(torch, "save", FullDisk(2))  # step 2 and its last.ckpt are written, step 4 is not
+    with pytest.raises(
+        StoppingError, match=r"step=000004.ckpt: the disk is full, this checkpoint could not be written"
+    ):
+        fit(max_epochs=1)
+    monkeypatch.undo()
+    assert saved(tmp_path) == {"step=000002.ckpt": 2, "last.ckpt": 2}
+    assert fit(max_epochs=1, ckpt_path="last").seen == whole[4:]
+
+
+def test_a_full_disk_does_not_spoil_the_file_that_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    io, path = AtomicCheckpointIO(), tmp_path / "new" / "last.ckpt"
+    io.save_checkpoint({"a": torch.ones(3)}, path)
+    monkeypatch.setattr(torch, "save", FullDisk(0))
+    with pytest.raises(StoppingError, match="the older checkpoint is as it was; make room and resume"):
+        io.save_checkpoint({"a": torch.zeros(3)}, path)
+    monkeypatch.undo()
+    assert torch.equal(io.load_checkpoint(path, weights_only=True)["a"], torch.ones(3))
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+    with pytest.raises(AttributeError):  # what is not the disk's fault is told as it is
+        io.save_checkpoint({"a": lambda: 0}, path)
+
+
+def test_a_process_killed_while_it_saves_leaves_the_older_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    script = (
+        "import os, signal, sys, torch\n"
+        "from lightning_vlm.checkpoint.atomic_io import AtomicCheckpointIO\n"
+        "def save(content, file):\n"
+        "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "torch.save = save\n"
+        "AtomicCheckpointIO().save_checkpoint({'step': 2}, sys.argv[1])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(path)], check=False, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_the_best_are_kept_beside_the_newest(
+    make_task: Callable[..., Path], processor: NemotronVLProcessor, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    file = make_task(8)
+    data = VLMDataModule(train=str(file), val=str(file), processor=processor, batch_size=2)
+    config = NemotronVLConfig.tiny(pattern="M", hidden_size=32, vision_hidden_size=32, vision_layers=1)
+    scores = Scores()
+    callbacks = [RunCheckpoint(str(folder), 100), BestCheckpoint(str(folder), keep=2), scores]
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+                        callbacks=callbacks, max_epochs=4, num_sanity_val_steps=0)  # fmt: skip
+    trainer.fit(NemotronVLModule(config=config, lr=1e-2, generate_on_validation=False), datamodule=data)
+    best = sorted(scores.of, key=lambda step: scores.of[step])[:2]
+    names = {f"best-step={step:06d}-val_loss={scores.of[step]:.4g}.ckpt" for step in best}
+    assert {path.name for path in folder.iterdir()} == {"last.ckpt", *names}
+
+
+class Scores(L.Callback):
+    def __init__(self) -> None:
+        self.of: dict[int, float] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.of[trainer.global_step] = float(trainer.callback_metrics["val/loss"])

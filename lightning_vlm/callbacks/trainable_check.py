@@ -1,0 +1,209 @@
+"""TrainableCheck: says what a run trains and with what, and after the first step whether that, and only that, moved.
+
+Every `NemotronVLModule` brings one. The table of parameters is printed and goes to the loggers when training starts.
+The check stops the run where it contradicts the config: a frozen parameter that moved, or a group of trainable ones
+that gets no gradient although its media were there. It waits for the first step whose learning rate is above 0, and for
+each part until a medium has reached it. It reads every weight twice, and then no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_vlm.models.nemotron_vl import NemotronVL
+from lightning_vlm.training.movement import Effect, effects_of_step, fingerprints, parameters_at_rest
+from lightning_vlm.training.parameter_table import groups_of, name_of, parameter_table, table_text, table_values
+from lightning_vlm.training.reached import ReachedMedia
+
+_PATIENCE = 3  # steps: the media of one may all stand after its labels, which gives them a gradient of zero
+
+
+class TrainableError(RuntimeError):
+    """What moved is not what the config says."""
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A parameter, its group (none if it is frozen), and its fingerprint before the first step."""
+
+    name: str
+    parameter: nn.Parameter
+    group: str | None
+    before: Tensor
+
+
+class TrainableCheck(L.Callback):
+    """Prints and logs the table of parameters, then watches steps until everything has been seen to move or to rest."""
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._watched: list[_Watched] = []
+        self._rates: dict[str, float] = {}
+        self._scale: float | None = None
+        self._undriven: dict[str, int] = {}  # group -> steps that reached it and gave it no gradient
+        self._waiting: list[str] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Shows the table, and remembers the weights. A checkpoint has been restored by now."""
+        self._forget()
+        network = getattr(pl_module, "network", None)
+        if not isinstance(network, NemotronVL):
+            return
+        parameters = parameters_at_rest(network)
+        rows = parameter_table(network, parameters, trainer.optimizers)
+        rank_zero_info(table_text(rows))
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"parameters": table_values(rows)})
+        groups = {
+            id(parameter): name_of(group, number)
+            for number, (_, group) in enumerate(groups_of(trainer.optimizers))
+            for parameter in group["params"]
+        }
+        # What is trainable and in no group is for the table to say: somebody's own optimizer may leave it out.
+        watched = {name: p for name, p in parameters.items() if id(p) in groups or not p.requires_grad}
+        before = fingerprints(list(watched.values()), pl_module.device)
+        self._watched = [
+            _Watched(name, parameter, groups[id(parameter)] if parameter.requires_grad else None, number)
+            for (name, parameter), number in zip(watched.items(), before)
+        ]
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Notes the learning rates of the step: the schedule has moved on when it can be looked at."""
+        if self._watched:
+            all_groups = groups_of(trainer.optimizers)
+            self._rates = {name_of(group, number): float(group["lr"]) for number, (_, group) in enumerate(all_groups)}
+            self._scale = _loss_scale(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Compares after a step.
+
+        Raises:
+            TrainableError: If what moved contradicts the config, on all ranks alike.
+        """
+        rates, self._rates = self._rates, {}
+        if not any(rates.values()):
+            return  # no step, or one that was not to move anything
+        if self._scale is not None and (_loss_scale(trainer) or 0.0) < self._scale:
+            return  # gradients have overflowed, and the step was left out
+        reached = getattr(pl_module, "reached", None)
+        unreached = reached.unreached if isinstance(reached, ReachedMedia) else frozenset()
+        self._compare(trainer, rates, unreached)
+
+    def _compare(self, trainer: L.Trainer, rates: dict[str, float], unreached: frozenset[int]) -> None:
+        # Parameters that no medium has reached yet have not moved since: one look at the weights before is enough.
+        now = [
+            one
+            for one in self._watched
+            if one.group is None or (rates.get(one.group) and id(one.parameter) not in unreached)
+        ]
+        if not now:
+            return
+        parameters = [one.parameter for one in now]
+        effects = effects_of_step(parameters, torch.stack([one.before for one in now]))
+        step = trainer.global_step
+        if wrong := [one.name for one, effect in zip(now, effects) if one.group is None and effect.moved]:
+            raise TrainableError(
+                f"step {step} moved {_some(wrong)}, which {'is' if len(wrong) == 1 else 'are'} frozen; expected "
+                "frozen parameters to stay as they were: look for a callback or an optimizer that writes to them, or "
+                "take their part out of freeze"
+            )
+        tallies: dict[str, _Tally] = {}
+        for one, effect in zip(now, effects):
+            if one.group is not None:
+                tallies.setdefault(one.group, _Tally()).add(one, effect)
+        if not any(tally.driven for tally in tallies.values()):
+            return  # a step without a label
+        self._refuse_undriven(step, tallies)
+        peaks = {
+            name_of(group, number): float(group.get("initial_lr", group["lr"]))
+            for number, (_, group) in enumerate(groups_of(trainer.optimizers))
+        }
+        done = []
+        for name, tally in tallies.items():
+            if tally.moved and tally.driven:
+                done.append(name)
+            elif tally.driven and rates[name] >= peaks[name] * (1 - 1e-6):  # it will not get larger
+                done.append(name)
+                rank_zero_warn(
+                    f"group {name!r} did not move in step {step}: its learning rate, {rates[name]:.4g}, is too small "
+                    f"for {tally.dtypes}, and its updates are rounded away; set a larger one, or keep the weights in "
+                    "float32 (trainer.precision: bf16-mixed)"
+                )
+        self._report(step, tallies, done)
+        self._watched = [one for one in self._watched if one.group is not None and one.group not in done]
+
+    def _refuse_undriven(self, step: int, tallies: dict[str, _Tally]) -> None:
+        wrong = []
+        for name, tally in tallies.items():
+            if not tally.driven:
+                self._undriven[name] = self._undriven.get(name, 0) + 1
+                if not tally.in_graph or self._undriven[name] >= _PATIENCE:
+                    wrong.append(name)
+        if wrong:
+            names = [name for group in wrong for name in tallies[group].names]
+            raise TrainableError(
+                f"{_some([repr(name) for name in wrong])} got no gradient by step {step}, in none of its tensors "
+                f"({_some(names)}), although the step reached it; expected every trainable group to move: look for "
+                "what detaches it from the loss, or freeze it"
+            )
+
+    def _report(self, step: int, tallies: dict[str, _Tally], done: Sequence[str]) -> None:
+        waiting = sorted({one.group for one in self._watched if one.group is not None} - set(done))
+        if not done and waiting == self._waiting:
+            return
+        self._waiting = waiting
+        parts = [f"{name} {tallies[name].moved} of {len(tallies[name].names)}" for name in done]
+        resting = sum(one.group is None for one in self._watched)
+        text = f"step {step} moved, of the tensors of each group: {', '.join(parts)}" if parts else f"step {step}"
+        text += f"; all {resting} frozen tensors stayed" if resting else ""
+        text += f"; not reached yet or not seen to move: {', '.join(waiting)}" if waiting else ""
+        still = [name for group in done for name in tallies[group].undriven]
+        text += f"; without a gradient: {_some(still)}" if still else ""
+        rank_zero_info(text)
+
+
+class _Tally:
+    """What a step did to a group."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.undriven: list[str] = []
+        self.moved = self.driven = 0
+        self.in_graph = False
+        self._dtypes: set[str] = set()
+
+    @property
+    def dtypes(self) -> str:
+        return " and ".join(sorted(self._dtypes))
+
+    def add(self, one: _Watched, effect: Effect) -> None:
+        self.names.append(one.name)
+        self.moved += effect.moved
+        self.driven += effect.driven
+        self.in_graph |= effect.in_graph
+        self._dtypes.add(str(one.parameter.dtype).removeprefix("torch."))
+        if not effect.driven:
+            self.undriven.append(one.name)
+
+
+def _loss_scale(trainer: L.Trainer) -> float | None:
+    """Of float16 training: a step whose gradients overflow is left out, and the scale lowered."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return None if scaler is None else float(scaler.get_scale())
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

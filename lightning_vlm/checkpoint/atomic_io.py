@@ -1,0 +1,64 @@
+"""A checkpoint file is whole or not there: Lightning's plugin that writes one, made safe against full disks and kills.
+
+Lightning's own holds a second copy of the checkpoint in memory, writes it to the system's temporary folder, and moves it:
+between two disks that is a copy, over the older checkpoint. Here it is written once, beside its place, and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
+
+from lightning_vlm.schema import StoppingError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes local checkpoints; remote addresses are left to Lightning."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+        """Saves a checkpoint.
+
+        Args:
+            checkpoint: Plain data and tensors.
+            path: The file. If anything fails it is what it was before.
+            storage_options: None, as for Lightning's plugin.
+
+        Raises:
+            StoppingError: If the disk is full.
+        """
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
+            if not _is_full(error, partial):
+                raise
+            kept = "the older checkpoint is as it was" if path.exists() else "older checkpoints are as they were"
+            raise StoppingError(
+                str(path), f"the disk is full, this checkpoint could not be written, {kept}", "make room and resume"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _is_full(error: BaseException | None, partial: Path) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    status = os.statvfs(partial.parent)
+    return status.f_bavail * status.f_frsize < os.sysconf("SC_PAGE_SIZE")
