@@ -71,7 +71,9 @@ class VLMDataModule(L.LightningDataModule):
             ``qwen2_5``, or by its import path. Such batches are plain dicts, for a module of your own.
         collate_options: Further arguments of a collate function, as far as it takes any.
         seed: Seed of the order.
-        max_image_pixels: Most pixels of one image, checked before decoding.
+        max_image_pixels: Most pixels of one image or video frame, checked before decoding.
+        max_video_frames: Most frames that are taken from one video, whatever the processor or the row asks for.
+        max_audio_s: Longest sound, in seconds, checked before decoding.
         allow_urls: Read media that rows name by URL: ``true`` for http and https, or a list of schemes, e.g. ``[s3]``.
             Off: such samples are bad.
         verify: What is looked at of every sample before training: its row (``rows``), also the headers of its media and
@@ -109,7 +111,9 @@ class VLMDataModule(L.LightningDataModule):
         collate: str = "auto",
         collate_options: dict[str, Any] | None = None,
         seed: int = 0,
-        max_image_pixels: int = 64_000_000,
+        max_image_pixels: int = MediaPolicy.max_image_pixels,
+        max_video_frames: int = MediaPolicy.max_video_frames,
+        max_audio_s: float = MediaPolicy.max_audio_s,
         allow_urls: bool | list[str] = False,
         verify: str = "rows",
         max_bad_fraction: float = 0.01,
@@ -136,8 +140,8 @@ class VLMDataModule(L.LightningDataModule):
         self.collate = collate
         self.collate_options = collate_options or {}
         self.seed = seed
-        self.max_image_pixels = max_image_pixels
-        self.allow_urls = allow_urls
+        urls = tuple(allow_urls) if isinstance(allow_urls, list) else allow_urls
+        self.media = MediaPolicy(Path(), max_image_pixels, urls, max_video_frames, max_audio_s)
         self.verify = verify
         self.bad_samples = BadSamplePolicy(strict, max_bad_fraction)
         self.template_kwargs = template_kwargs
@@ -320,11 +324,9 @@ class VLMDataModule(L.LightningDataModule):
         return self.splits[split].plan(options, self._reading(), show_progress, tell)
 
     def _reading(self) -> ReadOptions:
-        urls = self.allow_urls if isinstance(self.allow_urls, bool) else tuple(self.allow_urls)
-        media = MediaPolicy(Path(), self.max_image_pixels, urls)
         return ReadOptions(
             self.media_root,
-            media,
+            self.media,
             self.template_kwargs,
             self.cache_dir,
             self.num_workers,

@@ -28,7 +28,7 @@ from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.fusion import FusionError
-from lightning_vlm.models.lora import Lora, add_adapters
+from lightning_vlm.models.lora import Coverage, Lora, add_adapters
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.models.parts import check_parts
 from lightning_vlm.processing.processor import NemotronVLProcessor
@@ -38,7 +38,8 @@ from lightning_vlm.training.generation import generate_answers
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
 from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens
 from lightning_vlm.training.optim import OptimizerName, count_steps, warmup_cosine
-from lightning_vlm.training.optimizers import check_optimizer, make_optimizer
+from lightning_vlm.training.optimizers import check_optimizer, make_optimizer, require_optimizer
+from lightning_vlm.training.pairing import pair
 from lightning_vlm.training.reached import ReachedMedia
 from lightning_vlm.training.recomputation import check_recomputed, recompute_activations
 from lightning_vlm.training.resume import move_progress, reopen_epoch, rewind_to_last_step
@@ -68,8 +69,8 @@ class NemotronVLModule(L.LightningModule):
             frozen.
         gradient_checkpointing: Recompute activations in the backward pass to save memory: in all parts, or in those
             named among ``vision``, ``audio`` and ``language``.
-        vision_micro_batch: Most frames (images, tiles, frames of videos) of one pass of the vision tower, so that a
-            long video needs no more memory than these; all at once by default.
+        vision_micro_batch: Most frames (images, tiles, frames of videos) of one pass of the vision tower and its
+            projector, so that a long video needs no more memory than these; all at once by default.
         generate_on_validation: Score generated answers in validation, besides the loss.
         max_new_tokens: Longest generated answer.
         generation: Further arguments of transformers' ``generate``, e.g. ``{do_sample: true, temperature: 0.6}``;
@@ -116,6 +117,7 @@ class NemotronVLModule(L.LightningModule):
         lora = None if lora is None else asdict(Lora(**lora) if isinstance(lora, dict) else lora)
         self.save_hyperparameters()
         self.model: NemotronVL | None = None
+        self.coverage: Coverage | None = None  # of adapters
         self.processor: NemotronVLProcessor | None = None
         self.val_loss = MeanOverTokens()
         self.scores = ModuleDict()
@@ -143,16 +145,14 @@ class NemotronVLModule(L.LightningModule):
         recompute_activations(model, options.gradient_checkpointing)
         model.vision_model.micro_batch = options.vision_micro_batch
         if options.lora is not None:
-            self._adapt(model, Lora(**options.lora))
+            self.coverage = add_adapters(model, Lora(**options.lora))
+            rank_zero_info(str(self.coverage))
+            for warning in self.coverage.warnings():
+                rank_zero_warn(warning)
         freeze(model, options.freeze or [])
         self.model = model
-
-    @staticmethod
-    def _adapt(model: NemotronVL, lora: Lora) -> None:
-        coverage = add_adapters(model, lora)
-        rank_zero_info(str(coverage))
-        for warning in coverage.warnings():
-            rank_zero_warn(warning)
+        if self.processor is not None:
+            pair(model.config, self.processor)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run brings: documents are isolated, what trains moves, no sample is lost, exports know the run."""
@@ -163,6 +163,7 @@ class NemotronVLModule(L.LightningModule):
 
         Raises:
             NotImplementedError: If a callback changes ``accumulate_grad_batches`` during the run.
+            ImportError: If the optimizer's package is missing.
         """
         if stage == "fit":
             if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
@@ -170,12 +171,15 @@ class NemotronVLModule(L.LightningModule):
                     "GradientAccumulationScheduler is not supported: the number of steps and an exact resume would not "
                     "follow it; set trainer.accumulate_grad_batches"
                 )
+            require_optimizer(self.hparams.optimizer)
             self._applied, self._step_loss = (0, 0), None  # a checkpoint is loaded after this
             self.reached = ReachedMedia()
         datamodule = self._datamodule
         if datamodule is None:
             return
         self.processor = datamodule.processor
+        if self.model is not None:  # it was made before its data was known
+            pair(self.model.config, self.processor)
         for split in {"fit": ("val",), "validate": ("val",), "test": ("test",)}.get(stage, ()):
             self._groups |= datamodule.groups(split)
             for key in [split, *(_score_key(split, group) for group in datamodule.groups(split).values())]:

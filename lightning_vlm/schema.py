@@ -17,6 +17,9 @@ from torch import Tensor
 IGNORE_INDEX = -100
 """Label of a token that is not trained on (the value that PyTorch's and transformers' losses ignore)."""
 
+TEXT, IMAGE, VIDEO, SOUND = range(4)
+"""What a token stands for, as ``mm_token_type_ids`` say it."""
+
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
@@ -91,10 +94,12 @@ class VideoRef:
     Attributes:
         ref: As of `ImageRef`, of a video file; or a tuple of images, its frames.
         fps: Frames per second of such frames, where the row tells; a file tells by itself.
+        sampling_fps: Frames per second to take of a file, where the row asks for other ones than the processor's.
     """
 
     ref: Any
     fps: float | None = None
+    sampling_fps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +157,16 @@ class Conversation:
         """All images in reading order."""
         return tuple(part for part in self.media if isinstance(part, ImageRef))
 
+    @property
+    def videos(self) -> tuple[VideoRef, ...]:
+        """All videos in reading order."""
+        return tuple(part for part in self.media if isinstance(part, VideoRef))
+
+    @property
+    def sounds(self) -> tuple[AudioRef, ...]:
+        """All sounds in reading order."""
+        return tuple(part for part in self.media if isinstance(part, AudioRef))
+
 
 MEDIA_FIELDS = (
     "pixel_values",
@@ -180,7 +195,7 @@ class Sample:
         prompt: That prompt as text, with one ``<image>`` per image: for people to read.
         references: Accepted answers.
         source: ``file:line`` of the row.
-        mm_token_type_ids: ``(L,)`` int64: 0 text, 1 image, 2 video, 3 sound; left out where all media are images.
+        mm_token_type_ids: ``(L,)`` int64 of `TEXT`, `IMAGE`, `VIDEO` and `SOUND`; left out where all media are images.
         pixel_values_videos: ``(num_patches, frames_per_tubelet * 3 * patch_size**2)`` of videos, likewise.
         video_grid_thw: ``(num_videos, 3)`` int64 tubelets, rows and columns of patches of each video.
         num_video_tokens: ``(num_videos,)`` int64 tokens that each video keeps.

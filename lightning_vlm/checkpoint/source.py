@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_vlm.processing.load import load_processor
+from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import DataError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -68,7 +69,7 @@ def open_processor(processor: Any, options: dict[str, Any] | None = None) -> Any
         return processor
     name = pretrained_source(str(processor), "data.processor (by default model.model_id)")
     try:
-        return load_processor(name, options)
+        processor = load_processor(name, options)
     except TypeError as error:
         raise DataError(
             "data.processor_options", f"{sorted(options or {})} do not fit: {error}", "correct data.processor_options"
@@ -79,3 +80,10 @@ def open_processor(processor: Any, options: dict[str, Any] | None = None) -> Any
             f"{name!r} holds no processor that can be loaded ({str(error).splitlines()[0]})",
             "save one there with NemotronVLProcessor.save_pretrained, or name another folder",
         ) from error
+    if isinstance(processor, NemotronVLProcessor) and not processor.chat_template:
+        raise DataError(
+            "data.processor",
+            f"{name!r} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)",
+            "put the model's own there: with a guessed one it would be trained on turns that it is never served",
+        )
+    return processor

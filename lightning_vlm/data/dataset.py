@@ -9,19 +9,21 @@ from __future__ import annotations
 import bisect
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from lightning_vlm.data.lengths import LengthTable
+from lightning_vlm.data.overlong import ways_to_shorten
 from lightning_vlm.media.audio import audio_info, load_audio
 from lightning_vlm.media.load import MediaPolicy, load_image, verify_image
 from lightning_vlm.media.video import load_video, video_info
 from lightning_vlm.processing.media_layout import Medium, MediumSize
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.processing.sizes import SampleLimit, SampleSize
-from lightning_vlm.schema import AudioRef, Conversation, ImageRef, MediaRef, Sample, StoppingError
+from lightning_vlm.schema import AudioRef, Conversation, ImageRef, MediaRef, Sample, StoppingError, VideoRef
 from lightning_vlm.sources.files import is_url
 from lightning_vlm.sources.rows import RowSource
 
@@ -102,7 +104,7 @@ class SampleDataset:
         self.processor.check_media(conversation)
         media = [self._load(medium, policy, conversation.source) for medium in conversation.media]
         sample = self.processor.encode(conversation, media, **self._options(conversation))
-        self._check_length(sample, index, len(conversation.images))
+        self._check_length(sample, index, conversation)
         return sample
 
     def conversation(self, index: int) -> Conversation:
@@ -149,7 +151,7 @@ class SampleDataset:
         if isinstance(medium, AudioRef):
             assert self.processor.sound_geometry is not None, "check_media has refused sounds without settings"
             return load_audio(medium.ref, policy, place, self.processor.sound_geometry.sampling_rate)[0]
-        return load_video(medium.ref, policy, place, frames_fps=medium.fps, choose=self.processor.choose_frames)
+        return load_video(medium.ref, policy, place, frames_fps=medium.fps, choose=self._choice(medium))
 
     def _look_at(self, medium: MediaRef, policy: MediaPolicy, place: str, decode: bool) -> MediumSize:
         if isinstance(medium, ImageRef):
@@ -158,7 +160,10 @@ class SampleDataset:
             self._load(medium, policy, place)
         if isinstance(medium, AudioRef):
             return audio_info(medium.ref, policy, place)
-        return video_info(medium.ref, policy, place, medium.fps)
+        return video_info(medium.ref, policy, place, medium.fps, self._choice(medium))
+
+    def _choice(self, video: VideoRef) -> Callable[[int, float | None], list[int]]:
+        return partial(self.processor.choose_frames, fps=video.sampling_fps)
 
     def _options(self, conversation: Conversation) -> dict[str, Any]:
         answer = self.answer and conversation.turns[-1].role != "assistant"
@@ -170,7 +175,7 @@ class SampleDataset:
             raise ValueError(f"lengths of {len(lengths)} samples were given for {len(self)} samples")
         return lengths
 
-    def _check_length(self, sample: Sample, index: int, num_images: int) -> None:
+    def _check_length(self, sample: Sample, index: int, conversation: Conversation) -> None:
         tokens, patches = len(sample), sample.num_patches
         if self.lengths is not None:
             expected_tokens, expected_patches = int(self.lengths.tokens[index]), int(self.lengths.patches[index])
@@ -179,26 +184,31 @@ class SampleDataset:
                 raise StoppingError(
                     sample.source,
                     f"the sample has {tokens} tokens and {patches} vision patches, expected {expected_tokens} and "
-                    f"{expected_patches} as it was measured (an image or the row has changed since)",
+                    f"{expected_patches} as it was measured (a medium or the row has changed since)",
                     f"delete {str(path)!r} and start again" if path else "measure the samples again",
                     "changed since it was measured",
                 )
         if self.max_tokens is not None and len(sample) > self.max_tokens:
             raise StoppingError(
                 sample.source,
-                f"the sample has {len(sample)} tokens with {num_images} image(s), expected at most max_tokens = "
+                f"the sample has {len(sample)} tokens {_counted(conversation)}, expected at most max_tokens = "
                 f"{self.max_tokens}",
-                "raise max_tokens, lower the processor's max_num_patches, or shorten the row",
+                f"raise max_tokens, {ways_to_shorten(conversation)}or shorten the row",
                 "too long",
             )
         if self.limit is not None and not self.limit.holds(tokens, patches):
             raise StoppingError(
                 sample.source,
-                f"the sample has {tokens} tokens and {patches} vision patches with {num_images} image(s), expected at "
-                f"most {self.limit}",
-                "raise the limit, set overlong to drop or downscale_images, or shorten the row",
+                f"the sample has {tokens} tokens and {patches} vision patches {_counted(conversation)}, expected "
+                f"at most {self.limit}",
+                f"raise the limit, {ways_to_shorten(conversation)}set overlong to drop, or shorten the row",
                 "too long",
             )
+
+
+def _counted(conversation: Conversation) -> str:
+    counts = {name: len(getattr(conversation, f"{name}s")) for name in ("image", "video", "sound")}
+    return "with " + (", ".join(f"{count} {name}(s)" for name, count in counts.items() if count) or "no media")
 
 
 def _root(folder: str) -> Path | str:

@@ -8,6 +8,7 @@ such data is neither packed nor planned by length.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -19,12 +20,12 @@ from lightning_vlm.data.dataset import SampleDataset
 from lightning_vlm.media.audio import audio_info, load_audio
 from lightning_vlm.media.load import load_image, verify_image
 from lightning_vlm.media.policy import MediaPolicy
-from lightning_vlm.media.video import load_video, video_info
+from lightning_vlm.media.video import load_video, sample_frames, video_info
 from lightning_vlm.processing.sizes import SampleSize
 from lightning_vlm.schema import IGNORE_INDEX, AudioRef, Conversation, DataError, ImageRef, MediaRef, Text, VideoRef
 
 VIDEO_FPS = 2.0
-"""Frames per second that are taken of a video: what Qwen's processors were trained with."""
+"""Frames per second that are taken of a video that asks for no others: what Qwen's processors were trained with."""
 
 AUDIO_RATE_HZ = 16_000
 
@@ -55,10 +56,8 @@ class ExampleDataset(SampleDataset):
             elif isinstance(medium, AudioRef):
                 audio_info(medium.ref, policy, conversation.source)
             else:
-                video_info(medium.ref, policy, conversation.source)
-        images, videos, sounds = (
-            sum(isinstance(medium, kind) for medium in conversation.media) for kind in (ImageRef, VideoRef, AudioRef)
-        )
+                video_info(medium.ref, policy, conversation.source, choose=_choice(medium))
+        images, videos, sounds = map(len, (conversation.images, conversation.videos, conversation.sounds))
         return SampleSize(0, 0, images, videos, sounds, repaired=bool(conversation.notes))
 
 
@@ -201,6 +200,11 @@ def _load(medium: MediaRef, policy: MediaPolicy, source: str) -> tuple[str, Any]
     if isinstance(medium, ImageRef):
         return "image", load_image(medium.ref, policy, source)
     if isinstance(medium, VideoRef):
-        return "video", list(load_video(medium.ref, policy, source, fps=VIDEO_FPS).frames)
+        return "video", list(load_video(medium.ref, policy, source, choose=_choice(medium)).frames)
     samples, rate = load_audio(medium.ref, policy, source, AUDIO_RATE_HZ)
     return "audio", (samples.numpy(), rate)
+
+
+def _choice(video: VideoRef) -> Callable[[int, float | None], list[int]]:
+    """The rule that its frames are chosen by."""
+    return partial(sample_frames, fps=video.sampling_fps or VIDEO_FPS)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Workers are forked after the tokenizer was used; its own thread pool would only warn and contend there.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 6
 """To be raised when the same data, processor and settings get another length, or the file another form."""
 
 _COLUMNS = {

@@ -13,12 +13,13 @@ import numpy as np
 
 from lightning_vlm.data.lengths import LengthTable
 from lightning_vlm.processing.sizes import SampleLimit
-from lightning_vlm.schema import StoppingError
+from lightning_vlm.schema import Conversation, StoppingError
 
 if TYPE_CHECKING:
     from lightning_vlm.data.dataset import OverlongPolicy, SampleDataset
 
 _NAMED = 5
+_FEWER_FRAMES = "show fewer frames or prune them (processor_options.video: num_frames, fps, pruning_rate)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,18 +82,31 @@ def report_overlong(
     if policy == "drop" and len(overlong) < total:
         kept = np.setdiff1d(everything, overlong, assume_unique=True)
         return OverlongReport(kept, overlong, 0, f"{found} and will not be trained on: {names}")
+    raise_it = f"raise the limit, {f'{_FEWER_FRAMES}, ' if table.videos[overlong].any() else ''}"
     if policy == "truncate_text":
         found = f"{found} and cannot be cut without cutting an image or the whole answer"
-        fix = "raise the limit, or drop these samples"
+        fix = f"{raise_it}or drop these samples"
     elif policy == "downscale_images":
-        found, fix = f"{found} even with the smallest images", "raise the limit, or drop these samples"
+        found, fix = f"{found} even with the smallest images", f"{raise_it}or drop these samples"
     elif policy == "drop":
-        fix = "raise the limit"
+        fix = raise_it.removesuffix(", ")
     elif table.images[overlong].any():
-        fix = "raise the limit, drop these samples (overlong: drop) or downscale_images (overlong: downscale_images)"
+        fix = f"{raise_it}drop these samples (overlong: drop) or downscale_images (overlong: downscale_images)"
     else:
-        fix = "raise the limit, or drop these samples (overlong: drop)"
+        fix = f"{raise_it}or drop these samples (overlong: drop)"
     raise StoppingError("data.overlong", f"{found}: {names}", fix, "too long")
+
+
+def ways_to_shorten(conversation: Conversation) -> str:
+    """What makes the media of one sample take fewer tokens: a list that ends with a comma, or nothing."""
+    ways = {
+        "make its images smaller (overlong: downscale_images, or processor_options: max_num_patches, max_tiles)": (
+            conversation.images
+        ),
+        _FEWER_FRAMES: conversation.videos,
+        "cut its sounds": conversation.sounds,
+    }
+    return "".join(f"{way}, " for way, media in ways.items() if media)
 
 
 def _share(count: int, total: int) -> str:

@@ -6,7 +6,7 @@ seen here. The price is that text is decoded, and tokens need not end where char
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 from typing import Any
@@ -14,9 +14,8 @@ from typing import Any
 from lightning_vlm.data.preview_image import PreviewImage, sample_images
 from lightning_vlm.data.preview_sound import PreviewSound, sample_sounds
 from lightning_vlm.data.preview_video import PreviewVideo, sample_videos
-from lightning_vlm.processing.pieces import IMAGE, SOUND, VIDEO
 from lightning_vlm.processing.processor import NemotronVLProcessor
-from lightning_vlm.schema import IGNORE_INDEX, DataError, Sample
+from lightning_vlm.schema import IGNORE_INDEX, IMAGE, SOUND, TEXT, VIDEO, DataError, Sample
 
 _MOST_BYTES = 4  # of a character in UTF-8, so the most tokens that hold parts of one character
 
@@ -147,7 +146,7 @@ def media_runs(token_types: Sequence[int]) -> dict[int, list[tuple[int, int]]]:
     start = 0
     for kind, run in groupby(token_types):
         length = len(list(run))
-        if kind:
+        if kind != TEXT:
             runs[kind].append((start, length))
         start += length
     return runs
@@ -171,17 +170,14 @@ def cut_pieces(
         Texts with their keys, empty ones left out; and the number of characters that were cut.
     """
 
-    def decode(end: int) -> str:
-        tokens = list(input_ids[:end])
-        return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    whole = decode(len(input_ids))
+    prefixes = _Prefixes(tokenizer, input_ids)
+    whole = prefixes.whole
     pieces: list[tuple[str, tuple[bool, int]]] = []
     cut: set[int] = set()
     start = position = 0
     for key, run in groupby(keys):
         start += len(list(run))
-        end, moved = (len(whole), 0) if start == len(keys) else _boundary(decode, whole, start, key[0])
+        end, moved = (len(whole), 0) if start == len(keys) else _boundary(prefixes, start, key[0])
         if moved:
             cut.add(end - 1 if key[0] else end)
         if end > position:
@@ -190,20 +186,52 @@ def cut_pieces(
     return pieces, len(cut)
 
 
-def _boundary(decode: Callable[[int], str], whole: str, tokens: int, trained: bool) -> tuple[int, int]:
-    """Where in ``whole`` the text of its first tokens ends, and by how many tokens that is moved out of a character."""
+class _Prefixes:
+    """Where in the decoding of all tokens that of the first of them ends, asked for in rising order.
+
+    What tokens add is decoded with the run before them: to decode from the beginning each time takes seconds for a long
+    video. Only where that does not lead on in the whole is it decoded from the beginning.
+    """
+
+    def __init__(self, tokenizer: Any, input_ids: Sequence[int]) -> None:
+        self._tokenizer, self._ids = tokenizer, list(input_ids)
+        self.whole = self.decode(0, len(self._ids))
+        self._before, self._known, self._length = 0, 0, 0  # two numbers of tokens; characters of the second
+
+    def decode(self, start: int, end: int) -> str:
+        tokens = self._ids[start:end]
+        return self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def length(self, tokens: int) -> int | None:
+        """Characters of the first tokens; ``None`` where the whole does not begin with them."""
+        before, text = self.decode(self._before, self._known), self.decode(self._before, tokens)
+        added = text[len(before) :]
+        is_whole = "\ufffd" not in text  # else it may begin or end inside a character
+        if is_whole and text.startswith(before) and self.whole.startswith(added, self._length):
+            length = self._length + len(added)
+        elif self.whole.startswith(text := self.decode(0, tokens)):
+            length = len(text)
+        else:
+            return None
+        if tokens > self._known:  # a border may be moved back
+            self._before, self._known, self._length = self._known, tokens, length
+        return length
+
+
+def _boundary(prefixes: _Prefixes, tokens: int, trained: bool) -> tuple[int, int]:
+    """Where in the whole its first tokens' text ends, and by how many tokens that is moved out of a character."""
     for moved in range(_MOST_BYTES):
-        start = decode(max(tokens + moved if trained else tokens - moved, 0))
-        if whole.startswith(start):
-            return len(start), moved
-    same = (one == other for one, other in zip(whole, decode(tokens)))
+        length = prefixes.length(max(tokens + moved if trained else tokens - moved, 0))
+        if length is not None:
+            return length, moved
+    same = (one == other for one, other in zip(prefixes.whole, prefixes.decode(0, tokens)))
     return len(list(takewhile(bool, same))), 0  # the decoder changes what it wrote before
 
 
 def _token_types(sample: Sample, processor: NemotronVLProcessor) -> list[int]:
     if sample.mm_token_type_ids is not None:
         return sample.mm_token_type_ids.tolist()
-    return [IMAGE if token == processor.image_token_id else 0 for token in sample.input_ids.tolist()]
+    return [IMAGE if token == processor.image_token_id else TEXT for token in sample.input_ids.tolist()]
 
 
 def _images(sample: Sample, tokens: Sequence[int], processor: NemotronVLProcessor) -> list[PreviewImage]:

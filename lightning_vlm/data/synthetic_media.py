@@ -1,6 +1,6 @@
 """Two small tasks that need a video or a sound: digits that are shown one after another, and beeps to be counted.
 
-    videos   two to four scanned digits, each held for four frames; "Which digits did you see?"
+    videos   one to three scanned digits, each held for four frames; "Which digits did you see?"
     beeps    one to five beeps in noise, in a second and a half of sound; "How many beeps?"
 
 The scans are those of `lightning_vlm.data.synthetic`, in the same splits; a video is a list of frames, so nothing has
@@ -26,7 +26,7 @@ from lightning_vlm.data.synthetic import SIDE, split_scans
 from lightning_vlm.processing.tiny import TINY_SOUND, TINY_VIDEO, tiny_processor, tiny_tokenizer
 
 ROWS: dict[str, dict[str, int]] = {
-    "videos": {"train": 2400, "val": 60, "heldout": 200},
+    "videos": {"train": 3200, "val": 60, "heldout": 200},
     "beeps": {"train": 4000, "val": 100, "heldout": 200},
 }
 FRAMES_PER_DIGIT = 4
@@ -52,7 +52,7 @@ def write_videos(folder: Path, seed: int = 0, progress: bool = True) -> None:
 
     def row(split: str, index: int, generator: np.random.Generator) -> dict[str, Any]:
         scans = splits[split]
-        shown = generator.integers(len(scans), size=generator.integers(2, 5))
+        shown = generator.integers(len(scans), size=generator.integers(1, 4))
         frames = [f"frames/{scan:04d}.png" for scan in shown for _ in range(FRAMES_PER_DIGIT)]
         answer = "".join(str(scans.digits[scan]) for scan in shown)
         return _row({"type": "video", "video": frames}, "Which digits did you see?", answer)

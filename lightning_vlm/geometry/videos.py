@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from lightning_vlm.geometry.images import Grid
 
@@ -17,8 +18,9 @@ from lightning_vlm.geometry.images import Grid
 class VideoGeometry:
     """How videos become frames, and frames patches and tokens.
 
-    The defaults are Nemotron-3-Nano-Omni's. Nemotron-Nano-12B-v2-VL shows every frame by itself as one square tile:
-    ``temporal_patch_size=1, keep_aspect=False``.
+    The defaults are Nemotron-3-Nano-Omni's but for ``num_frames``, of which that model is served up to 256: 128 is the
+    number of Nemotron-Nano-12B-v2-VL, which shows every frame by itself as one square tile
+    (``temporal_patch_size=1, keep_aspect=False``).
 
     Attributes:
         patch_size: Side of a patch, in pixels.
@@ -56,6 +58,14 @@ class VideoGeometry:
             raise ValueError(f"fps of videos is {self.fps}; expected more than 0, or none")
         if not 0 <= self.pruning_rate < 1:
             raise ValueError(f"pruning_rate of videos is {self.pruning_rate}; expected 0 (keep all) or more, below 1")
+
+    def at(self, fps: float | None) -> Self:
+        """The same with another ``fps``: that of a video whose row asks for one.
+
+        Args:
+            fps: The other one; ``None`` where the row asks for none.
+        """
+        return self if fps is None else replace(self, fps=fps)
 
     def grid(self, height: int, width: int) -> Grid:
         """The patch grid of every frame of a video.

@@ -8,17 +8,26 @@ track of a video) is refused rather than handed to a second decoder.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_vlm.media.mp3 import with_length
 from lightning_vlm.media.open import open_media
 from lightning_vlm.media.policy import MediaError, MediaPolicy, describe, not_installed, undecodable
+
+if TYPE_CHECKING:
+    from soundfile import SoundFile
+
+
+_UNKNOWN_SIZE = 0x7FFF_F000
+"""From here on the size in a WAV file's header is a stand-in of what wrote it as a stream (SoX; FFmpeg: all ones)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ def load_audio(ref: Any, policy: MediaPolicy, source: str, sampling_rate: int = 
         ``(num_samples,)`` float32 samples, a copy, the loudest possible at 1; and their sampling rate.
 
     Raises:
-        MediaError: If the sound is missing, not allowed, unreadable, empty or too long.
+        MediaError: If the sound is missing, not allowed, unreadable, cut off, empty or too long.
     """
     what = describe(ref, "audio")
     with _opened(ref, policy, source) as (info, read):
@@ -114,12 +123,13 @@ def _opened(ref: Any, policy: MediaPolicy, source: str) -> Iterator[tuple[AudioI
             raise undecodable(error, what, "audio", source, "NumPy") from error
         return
     try:
-        import soundfile
+        import soundfile  # noqa: F401  see `_sound_file`
     except (ImportError, OSError) as error:  # OSError: without its libsndfile
         raise not_installed(what, "soundfile", "lightning-vlm[audio]", source) from error
     with open_media(ref, policy, source, "audio") as stream:
         try:
-            with soundfile.SoundFile(stream) as file:
+            _check_complete(stream, what, source)
+            with _sound_file(stream) as file:
                 info = AudioInfo(file.frames, file.samplerate, file.channels)
                 _check_length(info, policy, what, source)
                 yield info, lambda: file.read(dtype="float32", always_2d=True)
@@ -127,6 +137,38 @@ def _opened(ref: Any, policy: MediaPolicy, source: str) -> Iterator[tuple[AudioI
             raise
         except Exception as error:  # libsndfile's and ours alike
             raise undecodable(error, what, "audio", source, "libsndfile") from error
+
+
+def _check_complete(stream: BinaryIO, what: str, source: str) -> None:
+    """Refuses a WAV file that was cut off: libsndfile reads what is left of it as if it were all."""
+    start = stream.read(12)
+    order: Literal["little", "big"] = "big" if start.startswith(b"RIFX") else "little"
+    if start[:4] in (b"RIFF", b"RIFX") and start[8:] == b"WAVE":
+        while len(chunk := stream.read(8)) == 8:
+            size, place = int.from_bytes(chunk[4:], order), stream.tell()
+            if chunk[:4] != b"data":
+                stream.seek(place + size + size % 2)
+                continue
+            found = stream.seek(0, os.SEEK_END) - place
+            if found < size < _UNKNOWN_SIZE:
+                raise MediaError(
+                    source,
+                    f"{what} ends after {found:,} of {size:,} bytes of samples, expected a complete sound",
+                    "replace the file or remove the row",
+                    "damaged audio",
+                )
+            break
+    stream.seek(0)
+
+
+def _sound_file(stream: BinaryIO) -> SoundFile:
+    from soundfile import SoundFile
+
+    file = SoundFile(stream)
+    if file.format != "MP3":
+        return file
+    file.close()
+    return SoundFile(with_length(stream))
 
 
 def _check_length(info: AudioInfo, policy: MediaPolicy, what: str, source: str) -> None:
@@ -141,7 +183,7 @@ def _check_length(info: AudioInfo, policy: MediaPolicy, what: str, source: str) 
         raise MediaError(
             source,
             f"{what} lasts {info.duration_s:,.1f} s, expected at most max_audio_s = {policy.max_audio_s:,.1f}",
-            "cut the sound or raise max_audio_s",
+            "cut the sound or raise data.max_audio_s",
             "audio too long",
         )
 
@@ -150,10 +192,11 @@ def _from_pair(ref: Any) -> tuple[np.ndarray, AudioInfo]:
     if len(ref) != 2 or not isinstance(ref[1], int | np.integer) or isinstance(ref[1], bool) or ref[1] < 1:
         raise ValueError("it is not a pair of samples and their rate in whole Hz")
     samples = np.asarray(ref[0].detach().cpu() if isinstance(ref[0], Tensor) else ref[0])
-    samples = samples[:, None] if samples.ndim == 1 else samples
-    if samples.ndim != 2:
+    if samples.ndim not in (1, 2):
         raise ValueError(f"its samples have shape {samples.shape}")
-    samples = samples.T if samples.shape[0] < samples.shape[1] else samples
+    if samples.ndim == 1 or not samples.size:  # of channels without samples neither side is the shorter one
+        samples = samples.reshape(-1, 1)
+    samples = samples.T if samples.shape[0] < samples.shape[1] and samples.size else samples
     return samples, AudioInfo(samples.shape[0], int(ref[1]), samples.shape[1])
 
 

@@ -169,6 +169,6 @@ def _beyond_pillow(policy: MediaPolicy, what: str, source: str) -> MediaError:
     return MediaError(
         source,
         f"{what} has more than {limit:,} pixels, expected at most {expected}",
-        f"shrink the image or raise {'max_image_pixels' if ours else 'PIL.Image.MAX_IMAGE_PIXELS'}",
+        f"shrink the image or raise {'data.max_image_pixels' if ours else 'PIL.Image.MAX_IMAGE_PIXELS'}",
         "too many pixels",
     )

@@ -163,7 +163,7 @@ def check_pixels(width: int, height: int, policy: MediaPolicy, what: str, source
             source,
             f"{what} has {width} x {height} = {width * height:,} pixels, expected at most "
             f"max_image_pixels = {policy.max_image_pixels:,}",
-            "shrink the image or raise max_image_pixels",
+            "shrink the image or raise data.max_image_pixels",
             "too many pixels",
         )
 

@@ -48,7 +48,9 @@ class VideoInfo:
         num_frames: How many frames it shows.
         height: Of a frame, upright.
         width: Of a frame, upright.
-        fps: Frames per second, on average; ``None`` where nothing tells (a list of images).
+        fps: Frames per second, on average; ``None`` where nothing tells (a list of images). A Matroska file of variable
+            frame rate may say a nominal one (25 for 30 frames in eight seconds): times that are counted by it, as vLLM
+            counts them too, are then not those of the clock.
     """
 
     num_frames: int
@@ -105,7 +107,13 @@ def sample_frames(
     return chosen
 
 
-def video_info(ref: Any, policy: MediaPolicy, source: str, frames_fps: float | None = None) -> VideoInfo:
+def video_info(
+    ref: Any,
+    policy: MediaPolicy,
+    source: str,
+    frames_fps: float | None = None,
+    choose: Callable[[int, float | None], list[int]] | None = None,
+) -> VideoInfo:
     """Number, size and rate of a video's frames.
 
     MP4 and MOV say them in their header, and the first frame is decoded to see how the camera was held. In other files
@@ -116,17 +124,23 @@ def video_info(ref: Any, policy: MediaPolicy, source: str, frames_fps: float | N
         policy: What is allowed.
         source: ``file:line`` of the row, for the error.
         frames_fps: As for `load_video`.
+        choose: As for `load_video`: with it, frames are counted and refused as there.
 
     Raises:
         MediaError: As for `load_video`, except for damage that only decoding reveals.
     """
+    what = describe(ref, "video")
     if (frames := _frame_list(ref)) is not None:
         _check_count(len(frames), ref, source)
+        if choose is not None:
+            _check_chosen(choose(len(frames), frames_fps), policy, what, source)
         height, width = image_size(frames[0], policy, source)
         return VideoInfo(len(frames), height, width, frames_fps)
-    what = describe(ref, "video")
     with _opened(ref, policy, source) as (container, stream):
-        return _info(container, stream, policy, what, source)
+        info = _info(container, stream, policy, what, source)
+        if choose is not None:
+            _check_chosen(choose(info.num_frames, info.fps), policy, what, source)
+        return info
 
 
 def load_video(
@@ -327,7 +341,7 @@ def _check_chosen(indices: list[int], policy: MediaPolicy, what: str, source: st
         raise MediaError(
             source,
             f"{what} gives {len(indices):,} frames, expected at most max_video_frames = {policy.max_video_frames:,}",
-            "take fewer with num_frames or fps, or raise max_video_frames",
+            "take fewer (data.processor_options.video: num_frames, fps), or raise data.max_video_frames",
             "too many frames",
         )
 

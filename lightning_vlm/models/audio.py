@@ -23,9 +23,10 @@ class FixedBatchNorm1d(nn.BatchNorm1d):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``(num_clips, channels, T)`` to the same."""
-        return nn.functional.batch_norm(
-            hidden, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-        )
+        mean: Any = self.running_mean
+        # FSDP2's mixed precision casts parameters and not statistics; kernels take both as float32 beside bfloat16.
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        return nn.functional.batch_norm(hidden, mean, self.running_var, weight, bias, training=False, eps=self.eps)
 
 
 def make_audio_tower(config: ParakeetEncoderConfig) -> ParakeetEncoder:

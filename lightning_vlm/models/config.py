@@ -49,7 +49,7 @@ class NemotronVLConfig(PretrainedConfig):
         projector_hidden_size: Width of the projector's hidden layer.
         vision_hidden_size: Width of the tower's features; must equal ``vision_config.hidden_size``.
         image_token_id: Id of the placeholder that receives features of images and videos.
-        audio_token_id: Id of the placeholder that receives features of sounds.
+        audio_token_id: Id of the placeholder that receives features of sounds; needed with ``audio_config``.
         video_pruning_rate: Share of a video's tokens that processors of this model leave out (EVS); the model itself
             goes by what a batch says.
         norm_mean: Per-channel pixel mean; the tower's own when left out.
@@ -57,7 +57,7 @@ class NemotronVLConfig(PretrainedConfig):
         **kwargs: The released names of the above, and transformers' common options.
 
     Raises:
-        ValueError: If two parts do not fit together, with both numbers.
+        ValueError: If two parts do not fit together, with both numbers; if placeholders are missing or the same.
     """
 
     model_type = "nemotron_vl"
@@ -214,6 +214,16 @@ class NemotronVLConfig(PretrainedConfig):
                 raise ValueError(f"{name} is {token} but the vocabulary has {self.text_config.vocab_size} rows")
         if self.audio_config is not None and getattr(self.audio_config, "projection_hidden_size", None) is None:
             raise ValueError("audio_config has no projection_hidden_size; expected the width of the sound projector")
+        if self.audio_config is not None and self.audio_token_id is None:
+            raise ValueError(
+                "audio_config is given without audio_token_id; expected the id of the placeholder of sounds: add it, "
+                "or leave audio_config out"
+            )
+        if self.audio_token_id is not None and self.audio_token_id == self.image_token_id:
+            raise ValueError(
+                f"image_token_id and audio_token_id are both {self.image_token_id}; expected a placeholder each: give "
+                "one of them another id"
+            )
 
 
 def _radio_names(config: Any) -> Any:

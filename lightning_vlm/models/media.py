@@ -17,11 +17,12 @@ from lightning_vlm.models.absent_media import absent_features, weight_zero
 from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.evs import lay_out_videos, prune_videos
 from lightning_vlm.models.fusion import FusionError, fuse, placeholders_per_row, refuse_placeholders
+from lightning_vlm.schema import VIDEO
 from lightning_vlm.segments import Documents
 
 Kind = Literal["image", "video", "sound"]
 KINDS: tuple[Kind, ...] = ("image", "video", "sound")
-"""In the order in which they are encoded; ``mm_token_type_ids`` of their placeholders are 1, 2 and 3."""
+"""In the order in which they are encoded; their ``mm_token_type_ids`` are `lightning_vlm.schema`'s."""
 
 
 @dataclass(slots=True)
@@ -186,7 +187,7 @@ def placeholder_masks(
     if token_types is None:
         is_video = pictures if "video" in found else torch.zeros_like(pictures)
     else:
-        is_video = pictures & (token_types == KINDS.index("video") + 1)
+        is_video = pictures & (token_types == VIDEO)
     return {"image": pictures & ~is_video, "video": is_video, "sound": sounds}
 
 

@@ -16,8 +16,10 @@ import os
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForImageTextToText,
+    GenerationConfig,
     GenerationMixin,
     NemotronHForCausalLM,
     PreTrainedModel,
@@ -35,7 +37,7 @@ from lightning_vlm.models.fusion import FusionError
 from lightning_vlm.models.language import make_language_model, packed_inputs
 from lightning_vlm.models.media import MediaInputs, embed_with_media
 from lightning_vlm.models.projector import MultiModalProjector, shuffle_images
-from lightning_vlm.models.repeated_media import repeat_media
+from lightning_vlm.models.row_media import repeat_media
 from lightning_vlm.models.vision import make_vision_model
 from lightning_vlm.ops.cross_entropy import linear_cross_entropy, naive_cross_entropy, shift_labels
 from lightning_vlm.segments import documents_from_cu_seqlens
@@ -110,6 +112,16 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """The language-model head."""
         return self.language_model.lm_head
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Saves as transformers does, without what released files leave out: layer scales of 1, which RADIO has not."""
+        tower = self.vision_model.state_dict()
+        self._keys_to_ignore_on_save = {
+            f"vision_model.{name}"
+            for name, value in tower.items()
+            if name == "summary_idxs" or ("layer_scale" in name and not value.is_meta and bool((value == 1).all()))
+        }
+        super().save_pretrained(*args, **kwargs)
 
     def print_architecture(self, detailed: bool = False, save_to_file: str | os.PathLike[str] | None = None) -> None:
         """Prints parameters, memory and share of each component, trainable or frozen.
@@ -202,8 +214,14 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
                 f"{name} has patches of {found} frame(s) each; this model expects {frames}: use the processor that "
                 "belongs to it"
             )
-        features = shuffle_images(self.vision_model(patches, grids).features, grids, merge, self.config.ps_version)
-        return self.multi_modal_projector(features)
+
+        def project(features: Tensor, own: list[tuple[int, int]]) -> Tensor:
+            return self.multi_modal_projector(shuffle_images(features, own, merge, self.config.ps_version))
+
+        if any(isinstance(module, FSDPModule) for module in self.multi_modal_projector.modules()):
+            # A unit of its own is gathered each time it is called: once, however many passes this rank's tower makes.
+            return project(self.vision_model(patches, grids).features, grids)
+        return self.vision_model(patches, grids, project).features
 
     def forward(
         self,
@@ -256,7 +274,8 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
             inputs_embeds: ``(B, T, D)`` instead of ``input_ids`` (text only).
             labels: ``(B, T)`` aligned with ``input_ids``, -100 where not trained on; shifted inside.
             use_cache: Whether to return a cache; off while training and with ``cu_seqlens``.
-            logits_to_keep: Compute logits of the last so many positions only (0: all).
+            logits_to_keep: Compute logits of the last so many positions only (0: all), or of those with these numbers;
+                not with ``labels``.
             num_items_in_batch: Divide the summed loss by this instead of by the batch's own label tokens.
             skip_logits: With ``labels``: compute the loss without materialising logits and return none.
             **kwargs: Passed to the language model.
@@ -267,8 +286,14 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
 
         Raises:
             FusionError: If placeholders and features of media differ in number.
-            ValueError: If ``cu_seqlens`` does not describe one row, or comes with a mask or a cache.
+            ValueError: If ``cu_seqlens`` does not describe one row, or comes with a mask or a cache; if ``labels`` come
+                with ``logits_to_keep``.
         """
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
+            raise ValueError(
+                f"labels are given and logits_to_keep is {logits_to_keep}; expected 0, for a loss is over all "
+                "positions: leave logits_to_keep out, or set skip_logits to have a loss without logits"
+            )
         media = MediaInputs(
             pixel_values,
             image_grid_hw,
@@ -314,6 +339,13 @@ class NemotronVL(PreTrainedModel, GenerationMixin):
         if num_items_in_batch is None:
             num_items_in_batch = (targets >= 0).sum().clamp(min=1)
         return self._output(outputs, loss=total / num_items_in_batch, logits=logits)
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        # No medium stands behind a placeholder that the model says itself.
+        options, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        placeholders = [self.config.image_token_id, self.config.audio_token_id]
+        options.suppress_tokens = [*(options.suppress_tokens or []), *(t for t in placeholders if t is not None)]
+        return options, model_kwargs
 
     @staticmethod
     def create_masks_for_generate(config: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -2,13 +2,14 @@
 
 transformers attends to one image after the other unless its own FlashAttention integration is installed; ours takes
 PyTorch's varlen kernel where there is one. transformers embeds tubelets of one size only; ours are packed like images.
-And ours can take a long video in several passes, so that its peak memory is that of one: pixels are normalised pass by
-pass too, for as float32 they are many times what came. What is computed is the same.
+And ours can take a long video in several passes, so that its peak memory is that of one. A pass begins with pixels,
+which as float32 are many times what came, and ends behind the projector, whose hidden layer is wider than the tower.
+What is computed is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lightning_vlm.ops.pixels import normalize_patches
 from lightning_vlm.segments import Documents, documents_from_lengths
 
 Grids = list[tuple[int, int]]
+Project = Callable[[Tensor, Grids], Tensor]
 
 
 class PixelNorm(nn.Module):
@@ -77,22 +79,27 @@ class PackedRadioModel(RadioModel):
     """transformers' tower; an instance of it becomes ours by its class.
 
     Attributes:
-        micro_batch: Most frames of one pass; all at once when ``None``. A frame is an image, a tile, or one of the
-            frames of a tubelet; a tubelet is never divided.
+        micro_batch: Most frames of one pass through the tower and what follows it; all at once when ``None``. A frame
+            is an image, a tile, or one of the frames of a tubelet; a tubelet is never divided.
     """
 
     micro_batch: int | None = None
 
-    def forward(self, pixel_values: Tensor, image_grid_hw: Tensor | Grids) -> RadioModelOutput:
+    def forward(
+        self, pixel_values: Tensor, image_grid_hw: Tensor | Grids, project: Project | None = None
+    ) -> RadioModelOutput:
         """Patch features of images, or of the tubelets of videos.
 
         Args:
             pixel_values: ``(num_patches, patch_dim)`` of images or ``(num_patches, video_patch_dim)`` of tubelets, one
                 grid after another; uint8 pixels or normalised floats.
             image_grid_hw: (rows, columns) of each image or tubelet.
+            project: What follows the tower: takes the features of a pass and its grids. Run here, it needs the memory
+                of one pass; so its result must not depend on how the grids are divided.
 
         Returns:
-            ``features`` ``(num_patches, hidden_size)``, without the tower's own prefix tokens; nothing else.
+            ``features`` ``(num_patches, hidden_size)``, without the tower's own prefix tokens, or what ``project``
+            makes of them; nothing else.
 
         Raises:
             ValueError: If the patches are neither an image's nor a tubelet's, or ``micro_batch`` is set and the tower's
@@ -110,18 +117,23 @@ class PackedRadioModel(RadioModel):
         size = len(grids) if self.micro_batch is None else max(1, self.micro_batch // frames)
         parts = [grids[start : start + size] for start in range(0, len(grids), size)]
         pieces = pixel_values.split([sum(rows * columns for rows, columns in part) for part in parts])
-        if len(parts) == 1 or not self._recomputes:
-            features = [self._encode(piece, part) for piece, part in zip(pieces, parts)]
-        else:  # what layers keep for their own recomputation would grow with the video; a whole pass keeps its result
-            features = [
-                checkpoint(self._encode, piece, part, use_reentrant=False) for piece, part in zip(pieces, parts)
-            ]
-        return RadioModelOutput(features=torch.cat(features))
+        # What layers keep for their own recomputation would grow with the video; a whole pass keeps its result.
+        recomputes = len(parts) > 1 and self._recomputes
+
+        def run(function: Callable[..., Tensor], *given: Any) -> Tensor:
+            return checkpoint(function, *given, use_reentrant=False) if recomputes else function(*given)
+
+        results = []
+        for piece, part in zip(pieces, parts):
+            features = run(self._encode, piece, part)
+            # On its own, so that the projector after a frozen tower is recomputed without the tower.
+            results.append(features if project is None else run(project, features, part))
+        return RadioModelOutput(features=torch.cat(results))
 
     @property
     def _recomputes(self) -> bool:
-        layers: Any = self.encoder.layer
-        return self.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in layers)
+        layers: Any = self.encoder.layer  # a frozen tower is in eval mode, and what follows it is trained all the same
+        return torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in layers)
 
     @property
     def _gathers_layers(self) -> bool:

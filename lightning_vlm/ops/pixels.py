@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -14,5 +15,6 @@ def normalize_patches(patches: Tensor, mean: Tensor, std: Tensor, frames: int = 
         std: ``(3,)``.
         frames: Frames of a patch: more than one in a video's tubelets.
     """
-    channels = patches.float().div(255).unflatten(-1, (frames, 3, -1))
-    return ((channels - mean.view(3, 1)) / std.view(3, 1)).flatten(-3)
+    values = patches.to(torch.float32, copy=True).div_(255)  # as float32 they are large: one copy, changed in place
+    values.unflatten(-1, (frames, 3, -1)).sub_(mean.view(3, 1)).div_(std.view(3, 1))
+    return values

@@ -6,6 +6,8 @@ What a text becomes does not depend on the others in the batch, and is what trai
 from __future__ import annotations
 
 import copy
+import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 from lightning_vlm.geometry.sounds import SoundGeometry
 from lightning_vlm.geometry.videos import VideoGeometry, uniform_frames
@@ -26,11 +29,17 @@ from lightning_vlm.processing.chat import Span
 from lightning_vlm.processing.image_processor import NemotronVLImageKwargs
 from lightning_vlm.processing.media_layout import SoundLayout, media_sizes
 from lightning_vlm.processing.media_tensors import image_tensors, sound_tensors, video_tensors
-from lightning_vlm.processing.pieces import SOUND, VideoPiece, tokenize_pieces
+from lightning_vlm.processing.pieces import VideoPiece, tokenize_pieces
+from lightning_vlm.schema import IMAGE, SOUND, TEXT
 
-IMAGE_OPTIONS = frozenset({*NemotronVLImageKwargs.__annotations__, "do_normalize", "image_mean", "image_std"})
-"""Options of `NemotronVLImageProcessor` that a call or a config may give."""
+IMAGE_OPTIONS = frozenset(NemotronVLImageKwargs.__annotations__) - frozenset(ImagesKwargs.__annotations__) | {
+    "do_normalize",
+    "image_mean",
+    "image_std",
+}
+"""Options of `NemotronVLImageProcessor` that a call or a config may give; transformers' others would do nothing."""
 
+_TEXT_OPTIONS = frozenset(TextKwargs.__annotations__)
 _PADDING = ("padding", "max_length", "padding_side", "pad_to_multiple_of")
 
 
@@ -48,13 +57,15 @@ def call_processor(
         options: Of images, videos and the tokenizer.
 
     Raises:
-        ValueError: If texts and media do not match.
+        ValueError: If texts and media do not match, or an option is unknown.
     """
     if text is None:
         raise ValueError(f"text is missing; expected a text with one {processor.image_token} per image")
     texts = [text] if isinstance(text, str) else list(text)
     return_tensors, fps = options.pop("return_tensors", None), options.pop("video_fps", None)
-    if image_options := pop_image_options(options):
+    rate, image_options = options.pop("sampling_rate", None), pop_image_options(options)
+    _check_options(options, fps)
+    if image_options:
         processor = _with_image_options(processor, image_options)
     tokens = processor.media_tokens
     for kind, given, name in (("videos", videos, "video"), ("audio", audio, "sound")):
@@ -64,7 +75,7 @@ def call_processor(
     flat: dict[str, tuple[str | None, Any, list[Any]]] = {
         "image": (tokens.image, images, _flat_images(images)),
         "video": (video_token, videos, _flat_videos(videos, processor.video_geometry, fps)),
-        "sound": (tokens.sound, audio, _flat_sounds(audio, processor.sound_geometry)),
+        "sound": (tokens.sound, audio, _flat_sounds(audio, processor.sound_geometry, rate)),
     }
     owned = [
         _per_text(texts, token, media, _lengths(given, len(texts), kind), kind)
@@ -94,6 +105,18 @@ def call_processor(
     return BatchFeature(data={**_tokenize(processor, pieces, options, told_apart), **data}, tensor_type=return_tensors)
 
 
+def _check_options(options: dict[str, Any], fps: Any) -> None:
+    """Refuses what the tokenizer would pass over with a warning, or without."""
+    if unknown := sorted(set(options) - _TEXT_OPTIONS):
+        raise ValueError(
+            f"a call has no option {unknown[0]!r}; expected video_fps, sampling_rate, the tokenizer's options or some "
+            f"of {', '.join(sorted(IMAGE_OPTIONS))}: all else is said when the processor is made, e.g. "
+            "from_pretrained(folder, video={'num_frames': 32})"
+        )
+    if fps is not None and not (isinstance(fps, int | float) and 0 < fps < float("inf")):
+        raise ValueError(f"video_fps is {fps!r}; expected frames per second above 0")
+
+
 def pop_image_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Takes the options of `NemotronVLImageProcessor` out of others.
 
@@ -118,8 +141,8 @@ def _tokenize(processor: Any, pieces: Sequence[Any], options: dict[str, Any], to
         options.setdefault("add_special_tokens", False)
         encoded = dict(tokenizer(["".join(piece.text for piece in own) for own in pieces], **options))
         if told_apart:
-            ids = {processor.image_token_id: 1, processor.audio_token_id: SOUND}
-            encoded["mm_token_type_ids"] = [[ids.get(token, 0) for token in row] for row in encoded["input_ids"]]
+            ids = {processor.image_token_id: IMAGE, processor.audio_token_id: SOUND}
+            encoded["mm_token_type_ids"] = [[ids.get(token, TEXT) for token in row] for row in encoded["input_ids"]]
         return encoded
     if unknown := [name for name, value in options.items() if name not in _PADDING and value]:
         raise ValueError(
@@ -175,23 +198,27 @@ def _flat_videos(videos: Any, geometry: VideoGeometry | None, fps: float | None)
     def read(video: Any) -> Video:
         return video if isinstance(video, Video) else load_video(video, _ANY, "videos", frames_fps=fps, choose=choose)
 
-    return [read(video) for video in _flatten(videos, _is_video)]
+    return [read(video) for video in _flatten(videos, _is_video, _NO_VIDEO)]
 
 
-def _flat_sounds(audio: Any, geometry: SoundGeometry | None) -> list[Tensor]:
+def _flat_sounds(audio: Any, geometry: SoundGeometry | None, rate: int | None) -> list[Tensor]:
     if audio is None or geometry is None:
         return []
 
     def read(sound: Any) -> Tensor:
-        pair = sound if isinstance(sound, tuple) else (sound, geometry.sampling_rate)
+        pair = sound if isinstance(sound, tuple) else (sound, geometry.sampling_rate if rate is None else rate)
         return load_audio(pair, _ANY, "audio", geometry.sampling_rate)[0]
 
-    return [read(sound) for sound in _flatten(audio, _is_sound)]
+    return [read(sound) for sound in _flatten(audio, _is_sound, _NO_SOUND)]
 
 
 def _is_video(value: Any) -> bool:
-    frames = isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Image.Image)
+    frames = isinstance(value, list | tuple) and bool(value) and _is_image(value[0])
     return frames or isinstance(value, Video) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 4)
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Image.Image) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 3)
 
 
 def _is_sound(value: Any) -> bool:
@@ -199,12 +226,21 @@ def _is_sound(value: Any) -> bool:
     return pair or (isinstance(value, np.ndarray | Tensor) and value.ndim == 1)
 
 
-def _flatten(media: Any, is_medium: Any) -> list[Any]:
+def _flatten(media: Any, is_medium: Any, otherwise: str) -> list[Any]:
     if is_medium(media):
         return [media]
     if not isinstance(media, list | tuple):
-        raise ValueError(f"{type(media).__name__} is no medium; expected frames of videos, or samples of sounds")
-    return [medium for item in media for medium in _flatten(item, is_medium)]
+        raise ValueError(f"{type(media).__name__} is {otherwise}")
+    return [medium for item in media for medium in _flatten(item, is_medium, otherwise)]
 
 
-_ANY = MediaPolicy("")  # arrays and images of the caller's own: nothing is opened
+_NO_VIDEO = (
+    "no video; expected a list of images, an array (T, H, W, 3) or a Video: a file becomes one by "
+    "load_video(path, MediaPolicy(folder), path, choose=processor.choose_frames) of lightning_vlm.media"
+)
+_NO_SOUND = (
+    "no sound; expected an array (num_samples,) or a pair of samples and their rate in Hz: a file becomes one by "
+    "load_audio(path, MediaPolicy(folder), path) of lightning_vlm.media"
+)
+# Arrays and images of the caller's own: nothing is opened, and there is no setting to raise.
+_ANY = MediaPolicy("", max_video_frames=sys.maxsize, max_audio_s=math.inf)

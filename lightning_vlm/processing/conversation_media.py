@@ -7,8 +7,10 @@ writing it back would keep every picture that a worker ever touched (defect 2D o
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,8 @@ def _prepare(part: Any, sampling_rate: int | None, max_frames: int | None, fps: 
         value = value if is_ready else load_image(value, policy, SOURCE)
     elif kind == "video":
         is_file = isinstance(value, (str, bytes, Path))
+        if not is_file:  # whoever listed the frames had limits of his own
+            policy = replace(policy, max_video_frames=sys.maxsize)
         asked: dict[str, Any] = {"fps": fps} if fps else {"num_frames": max_frames}
         video = load_video(
             str(value) if isinstance(value, Path) else value, policy, SOURCE, frames_fps=part.get("fps"),
@@ -223,22 +227,30 @@ def to_waveform(audio: Any, sampling_rate: int) -> np.ndarray:
     2B.14); this does not.
 
     Args:
-        audio: Samples; a pair of them and their rate in Hz; a dict with ``array`` and ``sampling_rate``; or a file
-            under the working folder. Samples without a rate have the one that is wanted.
+        audio: Samples; a pair of them and their rate in Hz; a dict with ``array`` and ``sampling_rate``, or with
+            ``bytes`` or ``path`` of a file; or a file under the working folder. Samples without a rate have the one
+            that is wanted.
         sampling_rate: In Hz.
 
     Returns:
         ``(num_samples,)`` float32.
 
     Raises:
-        MediaError: If it is none of these.
+        MediaError: If it is none of these, or cannot be read.
+        ValueError: If it is a dict with none of these.
     """
-    if isinstance(audio, Mapping):
-        audio = (audio.get("array"), audio.get("sampling_rate") or sampling_rate)
+    if isinstance(audio, Mapping):  # a row of datasets' Audio, decoded or not
+        encoded = next((audio[key] for key in ("bytes", "path") if audio.get(key)), None)
+        samples = audio.get("array")
+        audio = encoded if samples is None else (samples, audio.get("sampling_rate") or sampling_rate)
+        if audio is None:
+            raise ValueError(f"a sound is an object without array, bytes and path; expected {_EXPECTED['audio']}")
     is_pair = isinstance(audio, (list, tuple)) and len(audio) == 2 and np.ndim(audio[0]) > 0
     if not is_pair and not isinstance(audio, (str, bytes, Path)):
         audio = (np.asarray(audio), sampling_rate)
-    samples, _ = load_audio(
-        str(audio) if isinstance(audio, Path) else audio, MediaPolicy(Path.cwd()), SOURCE, sampling_rate
-    )
+    if isinstance(audio, (str, bytes, Path)):
+        policy = MediaPolicy(Path.cwd())
+    else:  # whoever decoded it had limits of his own
+        policy = MediaPolicy(Path.cwd(), max_audio_s=math.inf)
+    samples, _ = load_audio(str(audio) if isinstance(audio, Path) else audio, policy, SOURCE, sampling_rate)
     return samples.numpy()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_vlm.processing.chat import Span
-from lightning_vlm.schema import IGNORE_INDEX
+from lightning_vlm.schema import IGNORE_INDEX, TEXT
 
 
 def tokenize_spans(tokenizer: Any, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
@@ -87,9 +87,19 @@ def _require_fast(tokenizer: Any) -> None:
         )
 
 
-def last_answer_start(labels: Tensor) -> int:
-    """Index of the first token of the last trained run of ``labels`` ``(L,)``; ``L`` if there is none."""
-    trained = labels != IGNORE_INDEX
+def last_answer_start(labels: Tensor, token_types: Tensor) -> int:
+    """Index of the first token of the last answer: of the last trained run, in which media may stand.
+
+    Args:
+        labels: ``(L,)``.
+        token_types: ``(L,)`` ``mm_token_type_ids``. Placeholders are never trained on; they belong to what opens them.
+
+    Returns:
+        The index; ``L`` if nothing is trained on.
+    """
+    places = torch.arange(len(labels))
+    opened_by = places.where(token_types == TEXT, 0).cummax(0).values
+    trained = (labels != IGNORE_INDEX)[opened_by]
     starts = trained & ~torch.nn.functional.pad(trained[:-1], (1, 0))
     found = starts.nonzero().flatten()
     return int(found[-1]) if len(found) else len(labels)

@@ -8,6 +8,7 @@ from transformers import AutoProcessor
 from transformers.image_processing_base import ImageProcessingMixin
 
 from lightning_vlm.processing.calls import IMAGE_OPTIONS
+from lightning_vlm.processing.media_layout import checked_settings
 from lightning_vlm.processing.processor import OWN_OPTIONS, NemotronVLProcessor
 from lightning_vlm.processing.registry import FAMILIES
 
@@ -24,7 +25,7 @@ def load_processor(name: str, options: dict[str, Any] | None = None) -> Any:
 
     Raises:
         OSError: If there is none.
-        TypeError: If ours knows no such option.
+        TypeError: If ours knows no such option, or one of videos or sounds is of another type.
         ValueError: If its class is neither ours nor one of transformers.
     """
     options = _nested(options or {})
@@ -33,6 +34,11 @@ def load_processor(name: str, options: dict[str, Any] | None = None) -> Any:
         known = {*OWN_OPTIONS, *IMAGE_OPTIONS}
         if unknown := sorted(set(options) - known):  # from_pretrained would take it for one of a download
             raise TypeError(f"the processor has no option {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
+        try:  # before they are mixed with what was saved: what is wrong is then known to be the caller's
+            checked_settings("video", options.get("video"))
+            checked_settings("sound", options.get("sound"))
+        except ValueError as error:
+            raise TypeError(str(error)) from error
         return NemotronVLProcessor.from_pretrained(name, **options)
     return AutoProcessor.from_pretrained(name, trust_remote_code=False, **options)
 

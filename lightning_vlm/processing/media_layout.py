@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
@@ -114,7 +115,10 @@ def lay_out_sound(num_samples: int, geometry: SoundGeometry) -> SoundLayout:
 
 
 def media_sizes(
-    media: Sequence[Medium | MediumSize], video: VideoGeometry | None, sound: SoundGeometry | None
+    media: Sequence[Medium | MediumSize],
+    video: VideoGeometry | None,
+    sound: SoundGeometry | None,
+    sampling_fps: Iterable[float | None] = (),
 ) -> MediaSizes:
     """Sorts media by kind and lays out those whose size does not depend on the text around them.
 
@@ -122,7 +126,9 @@ def media_sizes(
         media: Decoded, or what their headers say, in reading order.
         video: Of videos; ``None`` only where there are none.
         sound: Of sounds; ``None`` only where there are none.
+        sampling_fps: Of each video that is not decoded, see `VideoRef`; those of ``video`` where left out.
     """
+    asked = iter(sampling_fps)
     images: list[tuple[int, int]] = []
     videos: list[VideoLayout] = []
     sounds: list[SoundLayout] = []
@@ -133,13 +139,50 @@ def media_sizes(
             images.append(medium)
         elif isinstance(medium, Video | VideoInfo):
             assert video is not None, "the processor refuses videos that it has no settings for"
-            videos.append(_video(medium, video))
+            videos.append(_video(medium, video.at(next(asked, None))))
         else:
             assert sound is not None, "the processor refuses sounds that it has no settings for"
             rate = sound.sampling_rate
             num_samples = medium.num_samples_at(rate) if isinstance(medium, AudioInfo) else len(medium)
             sounds.append(lay_out_sound(num_samples, sound))
     return MediaSizes(tuple(images), tuple(videos), tuple(sounds))
+
+
+def checked_settings(kind: Literal["video", "sound"], given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Settings of videos or sounds as they were given, if all are known and of the right type.
+
+    Args:
+        kind: Of which.
+        given: Options of the processor; ``None`` where it has none.
+
+    Raises:
+        ValueError: If one is not: a dataclass would name its own constructor, or fail when it computes.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise ValueError(f"the {kind} settings are {given!r}; expected options by name, e.g. {_EXAMPLES[kind]}")
+    for name, value in given.items():
+        if name not in _SETTINGS[kind]:
+            raise ValueError(f"{kind} has no option {name!r}; expected some of {', '.join(_SETTINGS[kind])}")
+        what, types = _SETTINGS[kind][name]
+        if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
+            raise ValueError(f"{kind}.{name} is {value!r}; expected {what}")
+    return given
+
+
+_TYPES: dict[str, tuple[str, Any]] = {
+    "int": ("a whole number", int),
+    "bool": ("true or false", bool),
+    "float": ("a number", int | float),
+    "float | None": ("a number, or null", int | float | None),
+}
+_IMAGES_OWN = ("patch_size", "merge_size")  # a frame is cut as an image is
+_SETTINGS = {
+    "video": {field.name: _TYPES[str(field.type)] for field in fields(VideoGeometry) if field.name not in _IMAGES_OWN},
+    "sound": {field.name: _TYPES[str(field.type)] for field in fields(SoundGeometry)} | {"num_mel_bins": _TYPES["int"]},
+}
+_EXAMPLES = {"video": "{num_frames: 32}", "sound": "{clip_s: 30.0}"}
 
 
 def _video(video: Video | VideoInfo, geometry: VideoGeometry) -> VideoLayout:

@@ -20,10 +20,7 @@ from torch import Tensor
 from lightning_vlm.processing.chat import Span
 from lightning_vlm.processing.labels import tokenize_spans, tokenize_text
 from lightning_vlm.processing.media_layout import SoundLayout, VideoLayout
-from lightning_vlm.schema import IGNORE_INDEX
-
-IMAGE, VIDEO, SOUND = 1, 2, 3
-"""``mm_token_type_ids`` of placeholders; text is 0."""
+from lightning_vlm.schema import IGNORE_INDEX, IMAGE, SOUND, TEXT, VIDEO
 
 _VIDEO_FEATURE = -1  # images and videos share a placeholder; no tokenizer has this id
 
@@ -151,7 +148,8 @@ def tokenize_pieces(
         sound_token_id: Id of the placeholder of sounds, if the tokenizer has one.
 
     Returns:
-        ``input_ids``, ``labels`` (-100 outside trained spans) and ``mm_token_type_ids``, all ``(L,)`` int64.
+        ``input_ids``, ``labels`` (-100 outside trained spans, and for placeholders: no model is to say them) and
+        ``mm_token_type_ids``, all ``(L,)`` int64.
     """
     ids, labels = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]  # a text may be empty
     for is_video, group in groupby(pieces, lambda piece: isinstance(piece, VideoPiece)):
@@ -165,14 +163,14 @@ def tokenize_pieces(
             ids.append(own)
             labels.append(own if piece.trained else torch.full_like(own, IGNORE_INDEX))
     input_ids, all_labels = torch.cat(ids), torch.cat(labels)
-    types = torch.zeros_like(input_ids)
+    types = torch.full_like(input_ids, TEXT)
     types[input_ids == image_token_id] = IMAGE
     types[input_ids == _VIDEO_FEATURE] = VIDEO
     if sound_token_id is not None:
         types[input_ids == sound_token_id] = SOUND
     return (
         input_ids.masked_fill(types == VIDEO, image_token_id),
-        all_labels.masked_fill(all_labels == _VIDEO_FEATURE, image_token_id),
+        all_labels.masked_fill(types != TEXT, IGNORE_INDEX),
         types,
     )
 

@@ -23,14 +23,14 @@ from lightning_vlm.processing.calls import call_processor, pop_image_options
 from lightning_vlm.processing.chat import Message, Span, render_prompt, render_text, render_turns
 from lightning_vlm.processing.image_processor import NemotronVLImageProcessor
 from lightning_vlm.processing.labels import before_last_answer, cut_text, last_answer_start
-from lightning_vlm.processing.media_layout import MediaSizes, Medium, MediumSize, media_sizes
+from lightning_vlm.processing.media_layout import MediaSizes, Medium, MediumSize, checked_settings, media_sizes
 from lightning_vlm.processing.media_tensors import by_kind, image_tensors, sound_tensors, video_tensors
 from lightning_vlm.processing.messages import last_answer, to_messages
-from lightning_vlm.processing.pieces import IMAGE, MediaTokens, tokenize_pieces
+from lightning_vlm.processing.pieces import MediaTokens, tokenize_pieces
 from lightning_vlm.processing.released import read_config, released_options
 from lightning_vlm.processing.sample_layout import SampleLayouter, bounded_layout, check_placeholders
 from lightning_vlm.processing.sizes import SampleLimit, SampleSize
-from lightning_vlm.schema import MEDIA_FIELDS, Conversation, DataError, ImageRef, Sample, VideoRef
+from lightning_vlm.schema import IMAGE, MEDIA_FIELDS, Conversation, DataError, ImageRef, Sample, VideoRef
 
 
 class NemotronVLProcessor(ProcessorMixin):
@@ -52,7 +52,7 @@ class NemotronVLProcessor(ProcessorMixin):
         sound: Options of `SoundGeometry` and ``num_mel_bins`` (128 by default); without them sounds are refused.
 
     Raises:
-        ValueError: If one of the tokens is not a single token of the tokenizer.
+        ValueError: If one of the tokens is not a single token of the tokenizer, or a setting is unknown or wrong.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class NemotronVLProcessor(ProcessorMixin):
         if sound is not None:
             for token in (audio_start_token, audio_end_token):
                 token_id(tokenizer, token)
-        self.video, self.sound = video, sound
+        self.video, self.sound = checked_settings("video", video), checked_settings("sound", sound)
         self._known_roles: dict[str, set[tuple[str, ...]]] = {}  # by template and variables, see `render_text`
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
         _ = self.video_geometry, self.sound_geometry  # wrong options are told now
@@ -146,14 +146,14 @@ class NemotronVLProcessor(ProcessorMixin):
             videos: Videos: each a `lightning_vlm.media.video.Video`, or frames as a list of images or an array
                 ``(T, H, W, 3)``.
             audio: Sounds: each ``(num_samples,)`` samples at the processor's rate, or a pair (samples, rate in Hz).
-            **kwargs: ``video_fps``, the rate of frames that are given as such; tokenizer options (``padding``,
-                ``return_tensors``...) and image options.
+            **kwargs: ``video_fps`` and ``sampling_rate``, the rates of frames and samples that are given as such;
+                tokenizer options (``padding``, ``return_tensors``...) and image options.
 
         Returns:
             ``input_ids`` and ``attention_mask``, and what `encode` makes of each kind of media that is there.
 
         Raises:
-            ValueError: If texts and media do not match, with both counts.
+            ValueError: If texts and media do not match, with both counts; if an option is unknown.
         """
         return call_processor(self, text, images, videos, audio, kwargs)
 
@@ -207,7 +207,7 @@ class NemotronVLProcessor(ProcessorMixin):
             input_ids=input_ids,
             labels=labels,
             mm_token_type_ids=types[: len(input_ids)] if videos or sounds else None,
-            prompt_length=last_answer_start(labels),
+            prompt_length=last_answer_start(labels, types[: len(labels)]),
             prompt="".join(span.text for span in before_last_answer(spans)),
             references=conversation.references or (() if answer else last_answer(conversation)),
             source=source,
@@ -247,7 +247,8 @@ class NemotronVLProcessor(ProcessorMixin):
         else:
             known = self._known_roles.setdefault(repr(template_kwargs), set())
             text = render_text(self.tokenizer, messages, source, template_kwargs, known)
-        by_kind = media_sizes(sizes, self.video_geometry, self.sound_geometry)
+        asked = [video.sampling_fps for video in conversation.videos]
+        by_kind = media_sizes(sizes, self.video_geometry, self.sound_geometry, asked)
         self._check_rendered(text, by_kind, conversation)
         other_tokens = self.layouter.num_other_tokens([Span(text, trained=False)], by_kind, self.geometry, source)
         layout = bounded_layout(by_kind, self.geometry, other_tokens, limit)
@@ -277,23 +278,24 @@ class NemotronVLProcessor(ProcessorMixin):
                 raise DataError(
                     conversation.source,
                     f"the row holds a {kind}, expected text and images: the processor has no {kind} settings",
-                    f"give NemotronVLProcessor {kind}={{...}}, or remove the row",
+                    f"set data.processor_options.{kind} (NemotronVLProcessor {kind}={{...}}), or remove the row",
                     "unsupported media",
                 )
 
-    def choose_frames(self, total: int, source_fps: float | None) -> list[int]:
+    def choose_frames(self, total: int, source_fps: float | None, fps: float | None = None) -> list[int]:
         """The frames of a video that are shown to the model, see `uniform_frames`.
 
         Args:
             total: Frames of the video.
             source_fps: Its frames per second, where they are known.
+            fps: Frames per second to take, in place of the settings'.
 
         Raises:
             ValueError: If the processor has no settings for videos.
         """
         if (geometry := self.video_geometry) is None:
             raise ValueError("the processor has no video settings; give NemotronVLProcessor video={...}")
-        return uniform_frames(total, source_fps, geometry)
+        return uniform_frames(total, source_fps, geometry.at(fps))
 
     @property
     def num_mel_bins(self) -> int:
@@ -340,7 +342,7 @@ class NemotronVLProcessor(ProcessorMixin):
     def _check_rendered(self, text: str, sizes: MediaSizes, conversation: Conversation) -> None:
         tokens = self.media_tokens
         given = {"image": (tokens.image, len(sizes.images))}
-        if sizes.videos or any(isinstance(medium, VideoRef) for medium in conversation.media):  # else it is a word
+        if sizes.videos or conversation.videos:  # else it is a word
             given["video"] = (tokens.video, len(sizes.videos))
         if self.sound is not None:
             given["sound"] = (tokens.sound, len(sizes.sounds))

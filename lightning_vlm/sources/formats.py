@@ -261,7 +261,7 @@ def _parse_part(item: Any, number: int, tags: list[MediaKind], source: str) -> l
                 if given is None:
                     return [SLOTS[kind.name]]
                 if (ref := reference(given, kind)) is not None:
-                    return [VideoRef(ref, _frame_rate(item, number, source)) if kind is VIDEO else kind.make(ref)]
+                    return [_video(ref, item, number, source) if kind is VIDEO else kind.make(ref)]
     raise DataError(
         source,
         f"turn {number} has the part {short(item)}, expected {{'type': 'text', 'text': ...}} or "
@@ -271,11 +271,11 @@ def _parse_part(item: Any, number: int, tags: list[MediaKind], source: str) -> l
     )
 
 
-def _frame_rate(item: dict[str, Any], number: int, source: str) -> float | None:
-    """Frames per second of a video part that is a list of frames, where it says so."""
+def _video(ref: Any, item: dict[str, Any], number: int, source: str) -> VideoRef:
+    """A video part, whose ``fps`` is that of its frames or, as in Qwen's rows, what is to be taken of its file."""
     rate = item.get("fps")
     if rate is None:
-        return None
+        return VideoRef(ref)
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
         raise DataError(
             source,
@@ -283,7 +283,8 @@ def _frame_rate(item: dict[str, Any], number: int, source: str) -> float | None:
             "correct it, or leave it out",
             "bad frame rate",
         )
-    return float(rate)
+    has_frames = isinstance(ref, tuple) or hasattr(ref, "ndim")
+    return VideoRef(ref, fps=float(rate)) if has_frames else VideoRef(ref, sampling_fps=float(rate))
 
 
 def _is_nan(value: Any) -> bool:

@@ -1,12 +1,14 @@
 """Freezing parts of a model.
 
 A frozen part needs no gradient and stays in eval mode; since pixels and spectrograms need no gradient either, a frozen
-tower keeps no activations.
+tower keeps no activations. A frozen language model does: the gradient goes through it to what is trained before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.models.parts import part, parts_of
@@ -16,7 +18,7 @@ _NEVER_TRAINED = "layer_scale"
 
 
 def freeze(model: NemotronVL, names: Iterable[str]) -> None:
-    """Freezes parts in place.
+    """Freezes parts in place, and makes frozen layers through which gradients go recompute if they are to.
 
     Args:
         model: The model.
@@ -31,6 +33,20 @@ def freeze(model: NemotronVL, names: Iterable[str]) -> None:
         raise ValueError(f"freeze={sorted(frozen)} leaves nothing to train; leave out at least one part")
     for module in modules:
         module.requires_grad_(False).eval()
+    if not model.language_model.training:
+        # transformers recomputes layers in training mode only. Theirs alone, not that of what they hold, is that mode.
+        for layer in model.language_model.modules():
+            if getattr(layer, "gradient_checkpointing", False) and isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True
     for name, parameter in model.vision_model.named_parameters():
-        if _NEVER_TRAINED in name:
+        if never_trained(name):
             parameter.requires_grad_(False)
+
+
+def never_trained(name: str) -> bool:
+    """Whether a parameter is one that no run trains.
+
+    Args:
+        name: Of the parameter.
+    """
+    return _NEVER_TRAINED in name

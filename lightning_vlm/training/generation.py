@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_vlm.models.nemotron_vl import NemotronVL
+from lightning_vlm.models.row_media import prompt_media
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import VLMBatch
 
@@ -50,20 +51,31 @@ def generate_answers(
         batch: A padded batch.
         max_new_tokens: Longest answer.
         in_step: All ranks must run the same number of forward passes (sharded parameters).
-        options: Further arguments of transformers' ``generate``, e.g. ``{"do_sample": True, "temperature": 0.6}``.
+        options: Further arguments of transformers' ``generate``, e.g. ``{"do_sample": True, "temperature": 0.6}``;
+            where they name one that is given here (``max_new_tokens``, ``eos_token_id``), they win.
 
     Returns:
         ``B`` texts without special tokens.
+
+    Raises:
+        ValueError: If the options ask for several answers to a prompt.
     """
+    options = options or {}
+    if (number := options.get("num_return_sequences") or 1) != 1:  # the second would be taken for the next row's
+        raise ValueError(f"generation.num_return_sequences is {number}; expected 1, an answer per prompt: leave it out")
     tokenizer = processor.tokenizer
     prompts = left_padded_prompts(batch, processor.pad_token_id)
+    media = prompt_media(model.config, prompts["input_ids"], prompts.get("mm_token_type_ids"), {**batch.media_inputs()})
     generated = model.generate(
         **prompts,
-        **batch.media_inputs(),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=processor.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **{name: value for name, value in media.items() if value is not None},
         synced_gpus=in_step,
-        **{"do_sample": False, **(options or {})},
+        **{
+            "max_new_tokens": max_new_tokens,
+            "pad_token_id": processor.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "do_sample": False,
+            **options,
+        },
     )
     return tokenizer.batch_decode(generated[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -19,9 +19,14 @@ from lightning_vlm.schema import VLMBatch
 
 
 class ReachedMedia:
-    """Which kinds of media an optimizer step has seen."""
+    """Which kinds of media an optimizer step has seen.
+
+    Attributes:
+        unreached: ``id`` of the parameters that the last step left alone, the same ones on every rank.
+    """
 
     def __init__(self) -> None:
+        self.unreached: frozenset[int] = frozenset()
         self._seen = [False] * len(KINDS)
 
     def add(self, batch: VLMBatch) -> None:
@@ -45,8 +50,10 @@ class ReachedMedia:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         image, video, sound = (bool(value) for value in seen.tolist())
-        for parameter in _unreached(model, image, video, sound):
+        alone = list(_unreached(model, image, video, sound))
+        for parameter in alone:
             parameter.grad = None
+        self.unreached = frozenset(map(id, alone))
 
 
 def _unreached(model: NemotronVL, image: bool, video: bool, sound: bool) -> Iterator[nn.Parameter]:

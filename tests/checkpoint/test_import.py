@@ -15,6 +15,7 @@ from lightning_vlm import NemotronVL, NemotronVLConfig
 from lightning_vlm.checkpoint.hf_import import import_weights
 from lightning_vlm.checkpoint.layout import released_tensors
 from lightning_vlm.checkpoint.opening import open_pretrained, open_random
+from lightning_vlm.checkpoint.source import open_processor
 from lightning_vlm.checkpoint.weight_files import WeightFiles
 from lightning_vlm.schema import DataError
 from tests.fixtures.released_folders import ROWS_12B, write_12b, write_omni, write_weights
@@ -245,3 +246,24 @@ def test_a_config_alone_gives_random_weights(nano):
     (nano / "config.json").unlink()
     with pytest.raises(DataError, match=r"has no config.json; name a folder with a config.json, or set model.config"):
         open_random(nano)
+
+
+# Tokenizer and processor
+
+
+def test_a_missing_template_is_not_guessed(nano):
+    assert open_processor(str(nano)).image_token_id == 4
+    (nano / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match=r"nano' has no chat template \(chat_template.jinja, or chat_template in"):
+        open_processor(str(nano))
+
+
+def test_special_tokens_are_found_by_their_text_wherever_they_are(nano):
+    tokenizer = json.loads((nano / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    image, other = vocabulary["<image>"], vocabulary["a"]
+    vocabulary["<image>"], vocabulary["a"] = other, image
+    for token in tokenizer["added_tokens"]:
+        token["id"] = vocabulary[token["content"]]
+    (nano / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert open_processor(str(nano)).image_token_id == other

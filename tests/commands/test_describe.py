@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch.optim import AdamW
 
 from lightning_vlm import NemotronVLConfig, NemotronVLModule
 from lightning_vlm.cli import main
 from lightning_vlm.commands.describe import planned_network, training_memory
 from lightning_vlm.models.architecture import describe_architecture
-from lightning_vlm.training.optim import parameter_groups
+from lightning_vlm.training.optimizers import make_optimizer, state_bytes
 from tests.fixtures.released_models import config_omni
 
 TINY: dict[str, Any] = {"pattern": "ME*-", "hidden_size": 32, "vision_hidden_size": 32, "vision_layers": 1}
@@ -119,13 +118,17 @@ def test_weights_have_the_dtype_that_lightning_gives_them(precision: Any, dtype:
         assert describe_architecture(made) == describe_architecture(network)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_training_memory_is_what_a_step_allocates(precision: str) -> None:
+def test_training_memory_is_what_a_step_allocates(precision: str, name: str) -> None:
+    if name == "adamw8bit":
+        pytest.importorskip("torchao")
     options = {"config": NemotronVLConfig.tiny(**TINY).to_dict(), "freeze": ["vision"]}
-    planned = training_memory(describe_architecture(planned_network(options, precision)))
+    network = planned_network(options, precision)
+    planned = training_memory(describe_architecture(network), state_bytes(network, name), name)
     model = NemotronVLModule(init="random", **options).network
     model.to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
-    optimizer = AdamW(parameter_groups(model, 1e-3, 0.1))
+    optimizer = make_optimizer(model, name, 1e-3, (0.9, 0.95), 0.1)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -134,11 +137,11 @@ def test_training_memory_is_what_a_step_allocates(precision: str) -> None:
     def size(tensors: Any) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    states = [tensor for state in optimizer.state.values() for name, tensor in state.items() if name != "step"]
+    states = [tensor for state in optimizer.state.values() for key, tensor in state.items() if key != "step"]
     found = {
         "weights": size([*model.parameters(), *model.buffers()]),
         "gradients": size(parameter.grad for parameter in model.parameters() if parameter.grad is not None),
-        "adamw": size(states),
+        name: sum(size([s.codes, s.scale, s.qmap] if hasattr(s, "codes") else [s]) for s in states),
     }
     assert planned == {**found, "total": sum(found.values())}
 

@@ -367,7 +367,7 @@ class TestSamples:
             checked[4]
         assert str(caught.value) == (
             f"{path}:5: the sample has {now} tokens and 144 vision patches, expected {table.tokens[4]} and "
-            f"{table.patches[4]} as it was measured (an image or the row has changed since); delete "
+            f"{table.patches[4]} as it was measured (a medium or the row has changed since); delete "
             f"'{table.path}' and start again."
         )
         assert table.path is not None

@@ -93,6 +93,20 @@ class TestError:
             report_overlong(dataset, table, SampleLimit(50, 20), "error")
 
 
+class TestVideos:
+    @pytest.mark.parametrize("policy", ["error", "drop", "truncate_text", "downscale_images"])
+    @pytest.mark.parametrize("with_video", [0, 1])
+    def test_can_be_shown_shorter(self, dataset: SampleDataset, policy: Any, with_video: int) -> None:
+        table = table_of([60] * 10)
+        table.videos[-1] = with_video
+        words = "show fewer frames or prune them (processor_options.video: num_frames, fps, pruning_rate)"
+        with pytest.raises(DataError) as caught:
+            report_overlong(dataset, table, SampleLimit(50), policy)
+        assert (words in caught.value.fix) is bool(with_video)
+        assert caught.value.fix.startswith("raise the limit")
+        assert not caught.value.fix.endswith((",", " "))
+
+
 class TestDrop:
     def test_keeps_the_others_and_says_what_is_left_out(self, dataset: SampleDataset) -> None:
         path = dataset.sources[0].path

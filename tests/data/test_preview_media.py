@@ -19,8 +19,7 @@ from lightning_vlm.data.preview_page import data_uri
 from lightning_vlm.data.preview_sample import Preview, media_runs, preview_sample
 from lightning_vlm.data.preview_sound import MOST_CLIPS, draw_spectrogram
 from lightning_vlm.data.preview_video import LARGEST_SIDE, MOST_FRAMES
-from lightning_vlm.processing.pieces import IMAGE, SOUND, VIDEO
-from lightning_vlm.schema import Sample
+from lightning_vlm.schema import IMAGE, SOUND, VIDEO, Sample
 from tests.fixtures.media_samples import conversation, frames, media_processor, picture, sample, sound, varied_samples
 from tests.fixtures.media_samples import video as random_video
 from tests.fixtures.pages import parsed
@@ -134,13 +133,28 @@ def test_frames_that_fill_a_tubelet_up_are_not_the_videos(name: str, fps: float 
     assert [video.num_frames for video in preview.videos] == [count, count]
 
 
-def test_a_trained_video_is_shown_as_trained() -> None:
+def test_no_token_of_a_long_video_is_decoded_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = media_processor(video={"num_frames": 64})
+    one = sample(processor, random_video(processor, 64), "and", random_video(processor, 64, seed=1))
+    decoded, decode = [0], processor.tokenizer.decode
+
+    def counting(ids: list[int], **options: Any) -> str:
+        decoded[0] += len(ids)
+        return decode(ids, **options)
+
+    monkeypatch.setattr(processor.tokenizer, "decode", counting)
+    assert len(markers(shown(one, processor))) == 64
+    assert decoded[0] < 8 * len(one), "not once for each of the 64 tubelets"
+
+
+def test_in_an_answer_the_text_around_a_video_is_shown_as_trained_and_its_features_are_not() -> None:
     processor = PROCESSORS["whole"]
     asked, media = conversation(["draw"], [random_video(processor, 2), "done"])
     preview = shown(processor.encode(asked, media), processor)
     (piece,) = [piece for piece in preview.pieces if piece.marker]
-    assert piece.trained
-    assert "<b class=trained>&lt;video 1, frames 1-2: 4 tokens&gt;</b>" in Previews([preview], "", ()).html()
+    assert not piece.trained
+    assert preview.trained_text.endswith("<img></img>done<|im_end|>")
+    assert "<b class=trained>&lt;video 1, frames 1-2: 4 tokens&gt;</b>" not in Previews([preview], "", ()).html()
 
 
 def test_runs_of_media() -> None:

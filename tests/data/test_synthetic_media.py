@@ -37,7 +37,7 @@ def test_the_answer_of_a_video_is_what_its_frames_show(tmp_path: Path) -> None:
             assert all(len(set(frames)) == 1 for frames in held)
             answer = row["messages"][1]["content"]
             assert answer == "".join(str(scans[split].digits[frames[0]]) for frames in held)
-            assert 2 <= len(answer) <= 4
+            assert 1 <= len(answer) <= 3
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])

@@ -65,6 +65,22 @@ def fsdp2(model: NemotronVL) -> Any:
     return model
 
 
+def fsdp2_tower_as_one(model: NemotronVL) -> Any:
+    """Shards the tower as one unit: it is gathered once, however many passes it makes."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for module in (model.vision_model, model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def fsdp2_parts(model: NemotronVL) -> Any:
+    """Shards the tower as one unit, and the projector, which a rank calls once then, as another."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for module in (model.vision_model, model.multi_modal_projector, model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
 def plain(model: NemotronVL) -> Any:
     return model
 
@@ -116,3 +132,42 @@ def test_ranks_with_different_media_keep_step(
             for name, gradient in expected.items():
                 torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-6, msg=f"{name} in step {step}")
         assert torch.equal(found["answers"][0], one["answers"][rank])
+
+
+def long_and_short(wrap: Wrap, frozen: list[str], recompute: bool, rank: int) -> str | dict[str, Any]:
+    """A video of four passes beside one of a single pass."""
+    model = make_model(True, frozen)
+    model.vision_model.micro_batch = 2
+    if recompute:
+        model.vision_model.activation_checkpointing_enable({"use_reentrant": False})
+    wrapped, processor = wrap(model), media_processor(0.5)
+    batch = PaddedCollate(0)([sample(processor, "a", video(processor, 2 if rank else 8, seed=1), "?")])
+    try:
+        loss = wrapped(**batch.model_inputs(), labels=batch.labels, use_cache=False).loss
+        loss.backward()
+    except ValueError as error:
+        return str(error)
+    return {"loss": loss.detach(), "gradients": named_gradients(model)}
+
+
+@pytest.mark.parametrize("wrap", [ddp, fsdp2_tower_as_one, fsdp2_parts], ids=lambda wrap: wrap.__name__)
+@pytest.mark.parametrize(
+    ("frozen", "recompute"),
+    [([], False), ([], True), (["vision"], True)],
+    ids=["kept", "recomputed", "behind_a_frozen_tower"],
+)
+def test_ranks_may_make_different_numbers_of_passes(
+    tmp_path: Path, wrap: Wrap, frozen: list[str], recompute: bool
+) -> None:
+    one: list[Any] = [long_and_short(plain, frozen, False, rank) for rank in range(2)]
+    two = run_ranks(partial(long_and_short, wrap, frozen, recompute), tmp_path)
+    for rank, found in enumerate(two):
+        torch.testing.assert_close(found["loss"], one[rank]["loss"], rtol=0, atol=1e-6)
+        for name, gradient in found["gradients"].items():
+            both = [alone["gradients"].get(name, torch.zeros_like(gradient)) for alone in one]
+            torch.testing.assert_close(gradient, sum(both) / 2, rtol=0, atol=1e-6, msg=name)
+
+
+def test_passes_that_gather_each_layer_anew_are_refused_on_every_rank(tmp_path: Path) -> None:
+    for found in run_ranks(partial(long_and_short, fsdp2, [], False), tmp_path):
+        assert "vision_micro_batch is 2 and the layers of the vision tower are sharded one by one" in str(found)

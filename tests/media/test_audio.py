@@ -79,6 +79,48 @@ class TestFiles:
             assert caught.value.kind == "audio too long"
 
 
+class TestCutOff:
+    """libsndfile reads what is left of a WAV file as if it were all."""
+
+    @staticmethod
+    def damaged(content: bytes, size: int | None = None, keep: int | None = None) -> bytes:
+        place = content.index(b"data") + 4
+        order: Any = "big" if content.startswith(b"RIFX") else "little"
+        header = content[:place] + (content[place : place + 4] if size is None else size.to_bytes(4, order))
+        return (header + content[place + 4 :])[:keep]
+
+    @pytest.mark.parametrize("way", ["bytes", "slice"])
+    @pytest.mark.parametrize("kind", ["WAV", "WAVEX", "RIFX"])
+    def test_wav_is_refused_by_its_header(self, policy: MediaPolicy, tmp_path: Path, kind: str, way: str) -> None:
+        stream = io.BytesIO()
+        options = {"format": "WAV", "endian": "BIG"} if kind == "RIFX" else {"format": kind}
+        soundfile.write(stream, tone(440), RATE, subtype="PCM_16", **options)
+        ref: Any = self.damaged(stream.getvalue(), keep=9000)
+        if way == "slice":
+            (tmp_path / "shard.tar").write_bytes(b"x" * 512 + ref + b"y" * 99_999)
+            ref = FileSlice(str(tmp_path / "shard.tar"), 512, len(ref), "a.wav")
+        for function in (audio_info, load_audio):
+            with pytest.raises(MediaError, match=r"ends after 8,9\d\d of 16,000 bytes of samples") as caught:
+                function(ref, policy, SOURCE)
+            assert caught.value.kind == "damaged audio"
+
+    @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x80000000, 0x7FFFF000])
+    def test_wav_of_a_stream_is_read_to_its_end(self, policy: MediaPolicy, size: int) -> None:
+        content = encoded(tone(440))
+        content = content[:4] + size.to_bytes(4, "little") + content[8:]
+        ref = self.damaged(content, size)
+        assert audio_info(ref, policy, SOURCE).num_samples == len(load_audio(ref, policy, SOURCE)[0]) == RATE // 2
+
+    def test_wav_with_chunks_around_its_samples_is_whole(self, policy: MediaPolicy) -> None:
+        content = encoded(tone(440))
+        place = content.index(b"data")
+        notes = b"LIST" + (5).to_bytes(4, "little") + b"abcde\0"  # of odd length, which is filled up
+        ref = content[:place] + notes + content[place:] + notes
+        assert audio_info(ref, policy, SOURCE).num_samples == RATE // 2
+        odd = encoded(tone(440)[:4001], subtype="PCM_U8").rstrip(b"\0")  # writers leave the filling out
+        assert audio_info(odd, policy, SOURCE).num_samples == 4001
+
+
 class TestChannels:
     @pytest.mark.parametrize("channels", [2, 5])
     def test_are_averaged(self, policy: MediaPolicy, channels: int) -> None:
@@ -108,6 +150,13 @@ class TestArrays:
     def test_a_list_of_numbers_is_one(self, policy: MediaPolicy) -> None:
         samples, _ = load_audio(([0.0, 0.5, -0.5], RATE), policy, SOURCE)
         assert samples.tolist() == [0.0, 0.5, -0.5]
+
+    @pytest.mark.parametrize("shape", [(0,), (0, 1), (0, 2), (1, 0), (2, 0), (0, 0)])
+    def test_without_samples_are_empty(self, policy: MediaPolicy, shape: tuple[int, ...]) -> None:
+        for function in (load_audio, audio_info):
+            with pytest.raises(MediaError, match="has no samples, expected a sound of at least one") as caught:
+                function((np.zeros(shape, np.float32), RATE), policy, SOURCE)
+            assert caught.value.kind == "empty audio"
 
     def test_are_copied(self, policy: MediaPolicy) -> None:
         original = tone(440)

@@ -214,7 +214,7 @@ class TestSize:
         Image.new("RGB", (20, 10)).save(policy.media_root / "a.png")
         load("a.png", MediaPolicy(policy.media_root, max_image_pixels=200), SOURCE)
         strict = MediaPolicy(policy.media_root, max_image_pixels=199)
-        assert_refused(load, "a.png", strict, found="20 x 10 = 200 pixels", fix="raise max_image_pixels")
+        assert_refused(load, "a.png", strict, found="20 x 10 = 200 pixels", fix="raise data.max_image_pixels")
 
     @BOTH
     def test_limit_beyond_pillows_own_names_pillows(self, load: Load, policy: MediaPolicy) -> None:

@@ -306,6 +306,10 @@ class TestLimits:
             with pytest.raises(MediaError, match="expected at most max_video_frames = 10") as caught:
                 load_video(ref, strict, SOURCE)
             assert caught.value.kind == "too many frames"
+            with pytest.raises(MediaError) as known:
+                video_info(ref, strict, SOURCE, choose=sample_frames)
+            assert str(known.value) == str(caught.value), "the header tells it already"
+        assert video_info("a.mp4", strict, SOURCE, choose=lambda total, fps: [0, total - 1]).num_frames == NUM_FRAMES
 
     @pytest.mark.parametrize("function", [load_video, video_info], ids=lambda function: function.__name__)
     def test_of_pixels(self, folder: Path, function: Any) -> None:

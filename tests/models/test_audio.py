@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vlm import NemotronVL, NemotronVLConfig
+from lightning_vlm.models.audio import FixedBatchNorm1d
 from lightning_vlm.models.fusion import FusionError
 from tests.fixtures.gradients import assert_same_gradients, gradients
 from tests.fixtures.media_samples import ALL_MEDIA, media_processor, sound
@@ -117,6 +119,29 @@ def test_integer_masks_are_masks(hearing: NemotronVL) -> None:
     with torch.no_grad():
         expected, _ = hearing.get_audio_features(spectrograms, mask)
         assert torch.equal(hearing.get_audio_features(spectrograms, mask.long())[0], expected)
+
+
+def test_statistics_may_stay_float32_beside_bfloat16_weights() -> None:
+    """FSDP2's mixed precision casts parameters and leaves buffers as they are."""
+    norm = FixedBatchNorm1d(6)
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(tensor)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    hidden = torch.randn(3, 6, 50).to(torch.bfloat16)
+    mixed = copy.deepcopy(norm)
+    for name, parameter in norm.named_parameters():
+        setattr(mixed, name, nn.Parameter(parameter.detach().to(torch.bfloat16)))
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    mixed.train()
+    results = []
+    for module, given in ((norm, hidden.float()), (mixed, hidden)):
+        own = given.detach().requires_grad_()
+        output = module(own)
+        output.backward(torch.ones_like(output))
+        results.append((output.detach(), own.grad, module.weight.grad, module.bias.grad))
+    for found, expected in zip(results[1], results[0]):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, expected.to(torch.bfloat16), rtol=2**-7, atol=0)  # a last bit
 
 
 def test_a_model_without_sounds_refuses_them(make_model: Callable[..., NemotronVL]) -> None:

@@ -113,8 +113,16 @@ def test_merge_size_is_the_inverse_of_the_downsample_ratio(ratio, merge):
         ({"vit_hidden_size": 1024}, "vision_hidden_size is 1024 .* vision_config.hidden_size is 1280"),
         ({"ps_version": "v3"}, "ps_version is 'v3'; expected 'v1' or 'v2'"),
         ({"img_context_token_id": 131072}, "image_token_id is 131072 .* 131072 rows"),
+        ({"sound_context_token_id": 18}, "image_token_id and audio_token_id are both 18; expected a placeholder each"),
+        ({"sound_config": {"projection_hidden_size": 64}}, "audio_config is given without audio_token_id; expected"),
     ],
-    ids=["vision_width", "pixel_shuffle", "image_token_outside_the_vocabulary"],
+    ids=[
+        "vision_width",
+        "pixel_shuffle",
+        "image_token_outside_the_vocabulary",
+        "one_placeholder_for_both",
+        "no_placeholder_of_sounds",
+    ],
 )
 def test_parts_that_do_not_fit_name_both_numbers(options, message):
     with pytest.raises(ValueError, match=message):

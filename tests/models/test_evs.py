@@ -348,7 +348,9 @@ def test_labels_move_with_their_tokens(seeing: NemotronVL) -> None:
     # A video in an answer, so that text between its tubelets is trained on: with labels on a row that has only those of
     # one label token, the loss is that token's own at its new place.
     pruned, whole = samples(0.5)[2], samples(0.0)[2]
-    assert (pruned.labels[pruned.mm_token_type_ids == 2] != IGNORE_INDEX).all()
+    placeholders = (pruned.mm_token_type_ids == 2).nonzero().flatten()
+    assert (pruned.labels[placeholders] == IGNORE_INDEX).all()
+    assert (pruned.labels[[int(placeholders[0]) - 1, int(placeholders[-1]) + 1]] != IGNORE_INDEX).all()
     with torch.no_grad():
         expected = pruned_by_hand(seeing, pruned, whole)
         logits = seeing(inputs_embeds=expected["inputs_embeds"]).logits

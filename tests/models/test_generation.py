@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from lightning_vlm import NemotronVL
 from lightning_vlm.models.fusion import FusionError
@@ -130,3 +131,19 @@ def test_a_cut_image_is_refused(talker, prompts):
     cut["input_ids"], cut["attention_mask"] = cut["input_ids"][:, :5], cut["attention_mask"][:, :5]
     with pytest.raises(FusionError, match=r"row 0 has 2 .* 3 features"):
         generate(talker("M*-"), cut)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_no_placeholder_is_ever_said(talker, prompts, use_cache):
+    """There would be no picture behind it: without a cache the next step would look for one."""
+    model = talker("M*-")
+    own = model.generation_config.to_dict()
+    wanted = torch.zeros(263)
+    wanted[[4, 77, 78]] = torch.tensor([30.0, 20.0, 10.0])  # the image token above all
+    model.language_model.lm_head.register_forward_hook(lambda module, args, output: output + wanted)
+    for prompt in (*prompts, left_padded(prompts)):
+        assert (generate(model, prompt, use_cache=use_cache) == 77).all()
+    assert (generate(model, prompts[1], use_cache=use_cache, suppress_tokens=[77]) == 78).all()
+    options = GenerationConfig(suppress_tokens=[77], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert model.generate(**prompts[1], generation_config=options)[0, -3:].tolist() == [78] * 3
+    assert (model.generation_config.to_dict(), options.suppress_tokens) == (own, [77])

@@ -133,6 +133,12 @@ def test_logits_are_float32_and_only_as_many_as_asked_for(make_model, make_batch
         assert torch.equal(model(**batch, logits_to_keep=torch.tensor([0, 3])).logits, full[:, [0, 3]])
 
 
+@pytest.mark.parametrize("kept", [2, torch.tensor([0, 3]), torch.tensor(0)], ids=str)
+def test_a_loss_of_some_positions_is_refused(make_model, make_batch, kept):
+    with pytest.raises(ValueError, match=r"labels are given and logits_to_keep is .*; expected 0"):
+        make_model()(**make_batch(MIXED), logits_to_keep=kept)
+
+
 def test_a_cache_is_returned_where_asked_for_but_not_while_training(make_model, make_batch):
     model, batch = make_model(), make_batch([[6]])
     assert model(**batch, use_cache=True).past_key_values is not None
@@ -399,3 +405,18 @@ def test_media_that_the_model_has_no_part_for_are_refused_by_name(make_model):
         model(input_ids=ids, **tubelets)
     with pytest.raises(ValueError, match=r"patches have 384 values; expected 192 \(an image's\): use the processor"):
         model(input_ids=ids, **tubelets, video_grid_thw=torch.tensor([[1, 2, 2]]))
+
+
+def test_what_released_files_leave_out_is_not_saved(make_model, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "plain")
+    assert not [
+        key for key in load_file(tmp_path / "plain" / "model.safetensors") if "layer_scale" in key or "idxs" in key
+    ]
+    assert_equal_weights(load(tmp_path / "plain"), model)
+    with torch.no_grad():
+        model.vision_model.encoder.layer[0].layer_scale1.lambda1[3] = 0.5
+    model.save_pretrained(tmp_path / "scaled")
+    saved = [key for key in load_file(tmp_path / "scaled" / "model.safetensors") if "layer_scale" in key]
+    assert saved == ["vision_model.radio_model.model.blocks.0.layer_scale1.lambda1"]
+    assert_equal_weights(load(tmp_path / "scaled"), model)

@@ -119,6 +119,7 @@ class TestWhatAVideoIs:
         array = np.stack([np.array(frame) for frame in shown])
         expected = processor(text="<video>", videos=[video(processor, 5, fps=None)], return_tensors="pt")
         forms = [shown, [shown], tuple(shown), array, [array], torch.from_numpy(array), [[shown]], [[array]]]
+        forms += [list(array), [list(array)], list(torch.from_numpy(array).movedim(-1, 1))]
         for form in forms:
             found = processor(text="<video>", videos=form, return_tensors="pt")
             assert found.keys() == expected.keys()
@@ -138,6 +139,11 @@ class TestWhatAVideoIs:
         processor = media_processor()
         found = processor(text="<video>", videos=frames(1))
         assert found["video_grid_thw"].tolist() == [[1, 4, 4]]
+
+    def test_as_many_frames_as_the_settings_say_can_be_given(self) -> None:
+        processor = media_processor(video={"num_frames": 600, "fps": None})
+        found = processor(text="<video>", videos=[[picture(8, 8)] * 600])
+        assert found["video_grid_thw"].tolist()[0][0] == 300
 
     def test_frames_are_chosen_by_the_settings(self) -> None:
         processor = media_processor(video={"num_frames": 4, "fps": 1.0})
@@ -267,11 +273,41 @@ def test_an_empty_text_beside_a_video_is_empty() -> None:
 
 
 @pytest.mark.parametrize("wrong", [[1, 2], "a.mp4", [b"bytes"]])
-def test_what_is_no_medium_is_refused(wrong: Any) -> None:
+def test_what_is_no_medium_is_refused_with_the_way_to_make_one(wrong: Any) -> None:
     processor = media_processor()
-    for name, token in (("videos", "<video>"), ("audio", "<so_embedding>")):
-        with pytest.raises(ValueError, match="is no medium; expected frames of videos, or samples of sounds"):
+    for name, token, words in (
+        ("videos", "<video>", r"is no video; expected a list of images, .* load_video\(path"),
+        ("audio", "<so_embedding>", r"is no sound; expected an array \(num_samples,\) .* load_audio\(path"),
+    ):
+        with pytest.raises(ValueError, match=words):
             processor(text=token, **{name: wrong})
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        "option", ["fps", "num_frames", "max_num_patch", "do_resize", "size", "audio_kwargs", "paddding"]
+    )
+    def test_unknown_ones_are_refused_whatever_is_given(self, option: str) -> None:
+        processor = media_processor()
+        for given in (
+            {"text": "a"},
+            {"text": "<image>", "images": picture()},
+            {"text": "<video>", "videos": frames(2)},
+        ):
+            with pytest.raises(ValueError, match=f"a call has no option '{option}'; expected video_fps, sampling_rate"):
+                processor(**given, **{option: 1})
+
+    def test_the_rate_of_samples_counts(self) -> None:
+        # transformers' apply_chat_template and feature extractors say it so.
+        processor, slow = media_processor(), sound(3000)
+        found = processor(text="<so_embedding>", audio=slow, sampling_rate=8000, return_tensors="pt")
+        expected = processor(text="<so_embedding>", audio=(slow, 8000), return_tensors="pt")
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+    @pytest.mark.parametrize("rate", [0, -1.0, float("nan"), float("inf"), "2", [2.0]])
+    def test_a_rate_of_frames_is_a_number_above_zero(self, rate: Any) -> None:
+        with pytest.raises(ValueError, match=r"video_fps is .*; expected frames per second above 0"):
+            media_processor()(text="<video>", videos=frames(2), video_fps=rate)
 
 
 def test_the_word_video_is_a_word_where_videos_are_unknown() -> None:

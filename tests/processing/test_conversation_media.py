@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
@@ -72,6 +74,12 @@ def test_arrays_are_images_and_frames() -> None:
     found = media_of(prepare_conversation(user({"type": "image", "image": pixels}, {"video": [pixels, pixels]})))
     assert found.images[0].size == (8, 6)
     assert [frame.size for frame in found.videos[0]] == [(8, 6)] * 2
+
+
+def test_what_is_in_memory_has_passed_the_limits_of_whoever_read_it() -> None:
+    frames = [image()["image"]] * 600
+    assert len(media_of(prepare_conversation(user({"video": frames}))).videos[0]) == 600
+    assert to_waveform((np.zeros(3601 * 100, np.int16), 100), 100).shape == (360_100,)
 
 
 def test_the_time_of_frames_is_kept_where_all_of_it_is_known() -> None:
@@ -141,3 +149,17 @@ def test_a_sound_is_resampled_without_aliasing() -> None:
     assert found.std() < 0.02 < 0.5 < linear.std()
     low = np.sin(np.arange(16_000) * 2 * np.pi * 300 / 16_000)
     assert np.allclose(to_waveform((low, 16_000), 8_000)[100:-100], low[::2][100:-100], atol=5e-3)
+
+
+def test_a_sound_that_datasets_has_not_decoded_is_decoded() -> None:
+    content = io.BytesIO()
+    samples = np.linspace(-0.5, 0.5, 80, dtype=np.float32)
+    soundfile.write(content, samples, 16_000, format="WAV", subtype="FLOAT")
+    found = to_waveform({"bytes": content.getvalue(), "path": None}, 16_000)
+    assert np.array_equal(found, samples)
+
+
+@pytest.mark.parametrize("nothing", [{}, {"array": None, "sampling_rate": 16_000}, {"bytes": b"", "path": None}])
+def test_a_sound_that_is_nothing_is_refused(nothing: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="an object without array, bytes and path; expected an array of samples"):
+        to_waveform(nothing, 16_000)

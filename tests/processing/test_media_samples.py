@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,10 @@ class TestRefused:
         asked, media = conversation([video(processor, 2) if kind == "video" else sound()], ["yes"])
         sizes = [VideoInfo(2, 32, 32, None) if kind == "video" else AudioInfo(4000, 16_000, 1)]
         for call in (lambda: tiny_processor().encode(asked, media), lambda: tiny_processor().measure(asked, sizes)):
-            with pytest.raises(DataError, match=f"file:1: the row holds a {kind}, .* no {kind} settings"):
+            with pytest.raises(
+                DataError,
+                match=f"file:1: the row holds a {kind}, .* no {kind} settings; set data.processor_options.{kind} ",
+            ):
                 call()
 
     def test_other_media_than_the_turns_name(self) -> None:
@@ -210,6 +214,31 @@ class TestRefused:
     def test_wrong_settings_at_once(self, options: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match="expected"):
             media_processor(**options)
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"video": {"nun_frames": 3}}, "video has no option 'nun_frames'; expected some of temporal_patch_size, "),
+            ({"video": {"patch_size": 4}}, "video has no option 'patch_size'; expected some of "),
+            ({"video": {"num_frames": 2.5}}, "video.num_frames is 2.5; expected a whole number"),
+            ({"video": {"num_frames": True}}, "video.num_frames is True; expected a whole number"),
+            ({"video": {"fps": "two"}}, "video.fps is 'two'; expected a number, or null"),
+            ({"video": {"keep_aspect": 1}}, "video.keep_aspect is 1; expected true or false"),
+            ({"sound": {"clip": 3.0}}, "sound has no option 'clip'; expected some of sampling_rate, "),
+            ({"sound": {"min_clip_s": None}}, "sound.min_clip_s is None; expected a number"),
+            ({"sound": {"num_mel_bins": "64"}}, "sound.num_mel_bins is '64'; expected a whole number"),
+        ],
+        ids=str,
+    )
+    def test_unknown_settings_and_other_types(self, options: dict[str, Any], words: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(words)):
+            media_processor(**options)
+
+    @pytest.mark.parametrize("kind", ["video", "sound"])
+    def test_settings_without_names(self, kind: str) -> None:
+        options: dict[str, Any] = {kind: 3}
+        with pytest.raises(ValueError, match=f"the {kind} settings are 3; expected options by name"):
+            tiny_processor(**options)
 
     def test_choosing_frames_without_settings(self) -> None:
         with pytest.raises(ValueError, match="no video settings"):
@@ -294,3 +323,17 @@ def test_text_behind_media_can_be_cut_but_media_cannot() -> None:
     for max_text in (inside, int((whole.mm_token_type_ids == 3).nonzero()[-1])):
         assert len(processor.encode(asked, media, max_text=max_text)) == len(whole)
         assert processor.measure(asked, sizes, max_text=max_text).tokens == len(whole)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_placeholders_in_an_answer_are_no_labels_and_do_not_divide_it(rate: float) -> None:
+    processor = media_processor(rate)
+    said = [["what?"], ["one"], ["and?"], ["a", picture(), "b", video(processor, 5), sound(), "c"]]
+    encoded = processor.encode(*conversation(*said))
+    prompt = processor.encode(*conversation(*said[:-1]), answer=True)
+    assert encoded.prompt_length == len(prompt)
+    assert torch.equal(encoded.input_ids[: encoded.prompt_length], prompt.input_ids)
+    types, labels = (values[encoded.prompt_length :] for values in (encoded.mm_token_type_ids, encoded.labels))
+    assert set(types.tolist()) == {0, 1, 2, 3}
+    answer = encoded.input_ids[encoded.prompt_length :].where(types == 0, IGNORE_INDEX)
+    assert torch.equal(labels[:-1], answer[:-1])  # the line break behind it is not the model's to say

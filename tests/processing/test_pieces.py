@@ -50,7 +50,7 @@ class TestExpand:
         before = f"a<img><image><image></img>b{first}c{sound}"
         assert text_of(ids) == f"{before}{second}<img><image></img>d"
         trained = labels != IGNORE_INDEX
-        assert text_of(ids[trained]) == f"{second}<img><image></img>d"
+        assert text_of(ids[trained]) == f"{second}<img><image></img>d".replace("<image>", "")  # no model is to say it
         assert torch.equal(labels[trained], ids[trained])
         assert types[types > 0].tolist() == [1, 1, 2, 2, 2, 2, 3, 3, 2, 2, 2, 2, 1]
         assert torch.equal(types > 0, (ids == IMAGE) | (ids == SOUND))

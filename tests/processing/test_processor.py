@@ -288,18 +288,22 @@ class TestEncode:
 
 
 @pytest.mark.parametrize(
-    ("labels", "start"),
+    ("labels", "types", "start"),
     [
-        ([-100, 5, 6, -100], 1),
-        ([-100, 5, -100, 6, 7], 3),
-        ([5, 6, -100], 0),
-        ([-100, -100], 2),
-        ([], 0),
+        ([-100, 5, 6, -100], [0, 0, 0, 0], 1),
+        ([-100, 5, -100, 6, 7], [0, 0, 0, 0, 0], 3),
+        ([-100, 5, -100, -100, 6, 7], [0, 0, 1, 2, 0, 0], 1),
+        ([5, -100, -100, -100, 6], [0, 0, 3, 3, 0], 4),
+        ([-100, -100, 5, -100], [1, 1, 0, 2], 2),
+        ([5, 6, -100], [0, 0, 0], 0),
+        ([-100, -100], [0, 0], 2),
+        ([], [], 0),
     ],
     ids=str,
 )
-def test_last_answer_starts_at_the_last_trained_run(labels: list[int], start: int) -> None:
-    assert last_answer_start(torch.tensor(labels, dtype=torch.int64)) == start
+def test_last_answer_starts_at_the_last_trained_run(labels: list[int], types: list[int], start: int) -> None:
+    given = (torch.tensor(values, dtype=torch.int64) for values in (labels, types))
+    assert last_answer_start(*given) == start
 
 
 class TestFiles:

@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.fixtures.twins import shake
+
+__all__ = ["shake", "two_ranks"]
+
 _BEFORE = """
 import json, sys
 import torch

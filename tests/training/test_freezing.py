@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning import Callback, Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lightning_vlm import NemotronVL, NemotronVLConfig
+from lightning_vlm import NemotronVL, NemotronVLConfig, NemotronVLModule, VLMDataModule
 from lightning_vlm.models.parts import PARTS, part, parts_of
 from lightning_vlm.training.freezing import freeze
 
@@ -80,6 +82,110 @@ def test_a_frozen_tower_keeps_no_autograd_graph_under_gradient_checkpointing(mak
     model.activation_checkpointing_enable({"use_reentrant": False})
     freeze(model, ["vision"])
     assert not model.vision_model(torch.randn(8, 192), image_grid_hw=torch.tensor([[2, 4]])).features.requires_grad
+
+
+def test_a_frozen_language_model_keeps_to_its_checkpointing(make_model):
+    """The gradient goes through it to the projector; transformers recomputes layers in training mode only."""
+
+    def kept(checkpointing: bool, frozen: list[str]) -> int:
+        model = make_model(pattern="M*-M*-").train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        freeze(model, frozen)
+        sizes: list[int] = []
+        batch = {**IMAGE_AND_TEXT, "pixel_values": torch.randn(8, 192), "labels": IMAGE_AND_TEXT["input_ids"]}
+        with torch.autograd.graph.saved_tensors_hooks(lambda kept: (sizes.append(kept.nbytes), kept)[1], lambda x: x):
+            loss = model(**batch).loss
+        loss.backward()
+        assert model.multi_modal_projector.linear_1.weight.grad.any()
+        return sum(sizes)
+
+    frozen = ["vision", "language"]
+    assert kept(True, frozen) < 0.6 * kept(False, frozen)
+
+
+def test_in_a_frozen_language_model_nothing_but_recomputing_is_as_in_training(make_model):
+    model = make_model(pattern="M*E-").train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    freeze(model, ["language"])
+    in_training = {type(module) for module in model.language_model.modules() if module.training}
+    assert all(issubclass(kind, GradientCheckpointingLayer) for kind in in_training)
+    assert len(in_training) == 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("frozen", [["vision"], ["vision", "projector"]], ids="+".join)
+def test_in_a_fit_frozen_parts_stay_in_eval_mode_and_keep_no_graph(
+    make_task, processor, make_model, checkpointing, frozen
+):
+    """Lightning puts the model into training mode again after it has validated."""
+    config = make_model(pattern="M*", vision_layers=2).config
+    module = NemotronVLModule(config=config, freeze=frozen, gradient_checkpointing=checkpointing, max_new_tokens=2)
+    seen = Watch(frozen)
+    file = str(make_task(8))
+    data = VLMDataModule(train=file, val=file, processor=processor, batch_size=4)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=2, val_check_interval=1, num_sanity_val_steps=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[seen],
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    assert len(seen.modes) == 4, "batches before and after validation"
+    for modes in seen.modes:
+        for name in parts_of(module.network):
+            assert modes[name] == {name not in frozen}, name
+    assert seen.features, "frozen parts were run"
+    assert not any(features.requires_grad or features.grad_fn for features in seen.features)
+    assert not seen.kept, "tensors that a frozen part has left for the backward pass"
+
+
+class Watch(Callback):
+    """Notes modes at each batch, and what frozen parts give out and keep in training forwards."""
+
+    def __init__(self, frozen: list[str]) -> None:
+        self.frozen = frozen
+        self.modes: list[dict[str, set[bool]]] = []
+        self.features: list[torch.Tensor] = []
+        self.kept: list[torch.Tensor] = []
+
+    def on_train_start(self, trainer, pl_module):
+        for name in self.frozen:
+            whole = part(pl_module.network, name)
+            module = getattr(whole, "encoder", whole)  # the tower's forward ends with the projector
+            inside = module.forward
+
+            def forward(*args, inside=inside, **kwargs):
+                with torch.autograd.graph.saved_tensors_hooks(lambda kept: (self.kept.append(kept), kept)[1], _same):
+                    output = inside(*args, **kwargs)
+                if pl_module.network.training:
+                    tensors = [output] if torch.is_tensor(output) else list(output.values())
+                    self.features += [tensor for tensor in tensors if tensor.is_floating_point()]
+                return output
+
+            module.forward = forward
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        parts = parts_of(pl_module.network)
+        self.modes.append({name: {child.training for child in module.modules()} for name, module in parts.items()})
+
+
+def _same(tensor):
+    return tensor
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_sound_tower_keeps_no_graph(checkpointing):
+    torch.manual_seed(0)
+    config = NemotronVLConfig.tiny(pattern="M", hidden_size=32, vocab_size=266, audio_token_id=263)
+    model = NemotronVL(config).train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    freeze(model, ["audio", "audio_projector"])
+    clips = torch.randn(1, 16, config.audio_config.num_mel_bins)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], _same):
+        features, _ = model.get_audio_features(clips, torch.ones(1, 16, dtype=torch.bool))
+    assert not features.requires_grad
+    assert not kept
 
 
 @pytest.mark.parametrize("frozen", ["vision", "projector", "language"])

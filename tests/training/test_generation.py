@@ -8,6 +8,7 @@ import torch
 from lightning_vlm.data.collate import PaddedCollate
 from lightning_vlm.schema import Sample
 from lightning_vlm.training.generation import generate_answers, left_padded_prompts
+from tests.fixtures.media_samples import ALL_MEDIA, conversation, media_processor, picture, sound, video
 
 GRID = torch.tensor([[2, 4]])
 
@@ -79,3 +80,40 @@ def test_options_reach_generate(make_model, processor):
     torch.manual_seed(0)
     sampled = generate_answers(model, processor, batch, 6, options={"do_sample": True, "temperature": 5.0})
     assert len(set(sampled)) > 1
+
+
+def test_options_win_over_what_is_given_beside_them(make_model, processor):
+    model, batch = make_model(), PaddedCollate(0)([sample([40, 41, 42, 50, 51, 3], 3)])
+    with torch.no_grad():
+        model.language_model.lm_head.weight[3] = 0.0  # never the end token of the tokenizer
+    lengths = []
+    model.register_forward_hook(lambda *_: lengths.append(1))
+    generate_answers(model, processor, batch, max_new_tokens=6, options={"max_new_tokens": 2})
+    assert len(lengths) == 2
+    first = model.generate(**left_padded_prompts(batch, 0), max_new_tokens=1, do_sample=False, pad_token_id=0)[0, -1]
+    lengths.clear()
+    generate_answers(model, processor, batch, max_new_tokens=6, options={"eos_token_id": [3, int(first)]})
+    assert len(lengths) == 1
+
+
+def test_a_second_answer_would_be_taken_for_the_next_rows(make_model, processor):
+    batch = PaddedCollate(0)([sample([40, 41, 42, 50, 51, 3], 3)] * 2)
+    with pytest.raises(ValueError, match=r"generation.num_return_sequences is 2; expected 1"):
+        generate_answers(make_model(), processor, batch, 2, options={"do_sample": True, "num_return_sequences": 2})
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_media_of_answers_are_not_asked_about(make_model, shake, rate):
+    model, processor = shake(make_model(**ALL_MEDIA), std=0.2), media_processor(rate)
+    film, noise, image = video(processor, 5, seed=1), sound(9000, 2), picture(seed=3)
+    turns = [
+        (["what?"], [image, "a", film, noise, "b"]),
+        (["a", image], ["b", noise], ["c", film, "d"], ["e", film, noise, image]),
+        (["only text"], ["indeed"]),
+    ]
+    collate = PaddedCollate(0)
+    batch = collate([processor.encode(*conversation(*said)) for said in turns])
+    asked = collate([processor.encode(*conversation(*said[:-1]), answer=True) for said in turns])
+    answers = generate_answers(model, processor, batch, max_new_tokens=5)
+    assert answers == generate_answers(model, processor, asked, max_new_tokens=5)
+    assert len(set(answers)) > 1

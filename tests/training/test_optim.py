@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts, NemotronHTopkRouter
 
-from lightning_vlm import NemotronVL
+from lightning_vlm import NemotronVL, NemotronVLConfig
 from lightning_vlm.training.freezing import freeze
 from lightning_vlm.training.optim import parameter_groups, warmup_cosine
 
@@ -168,3 +169,71 @@ def test_a_run_shorter_than_its_warm_up_only_warms_up():
         (pytest.approx(1 / 6),),
         (pytest.approx(1 / 3),),
     ]
+
+
+def layer_of(name: str) -> int | None:
+    return int(name.split(".")[3]) if name.startswith("vision_model.encoder.layer.") else None
+
+
+def test_layer_decay_is_the_formula_of_beit_and_mae(make_model):
+    """As in facebookresearch/mae util/lr_decay.py: 12 blocks there, 4 here; the projector is the head."""
+    model = make_model(vision_layers=4).train()
+    freeze(model, [])
+    groups = parameter_groups(model, RATES, 0.1, layer_decay=0.75)
+    scales = [0.75 ** (5 - number) for number in range(6)]  # MAE's list for num_layers = len(blocks) + 1
+    rates = {group["name"]: group["lr"] for group in groups}
+    for name, names in grouped_names(model, groups).items():
+        layers = {layer_of(key) for key in names}
+        assert len(layers) == 1, f"{name} mixes layers"
+        layer = layers.pop()
+        if name.startswith("vision"):
+            assert rates[name] == pytest.approx(1e-6 * (scales[0] if layer is None else scales[layer + 1]))
+    assert rates["vision/embeddings"] < rates["vision/layer_00"] < rates["vision/layer_03/no_decay"] < 1e-6
+    assert (rates["projector"], rates["language"]) == (1e-4, 1e-5)
+    assert len(rates) == len(groups), "names are unique, or schedules cannot be logged"
+    grouped = sorted(name for names in grouped_names(model, groups).values() for name in names)
+    assert grouped == sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def test_layer_decay_of_a_frozen_tower_changes_nothing(model):
+    freeze(model, ["vision"])
+    assert grouped_names(model, parameter_groups(model, RATES, 0.1, layer_decay=0.5)) == grouped_names(
+        model, parameter_groups(model, RATES, 0.1)
+    )
+
+
+def test_named_parameters_are_spared_from_weight_decay(model):
+    patterns = ["language.model.embeddings.weight", "vision.encoder.layer.*.mlp.*"]
+    default, spared = (
+        grouped_names(model, parameter_groups(model, RATES, 0.1, no_decay=names)) for names in ((), patterns)
+    )
+    for part in ("vision", "projector", "language"):
+        moved = set(default[part]) - set(spared[part])
+        assert moved == set(spared[f"{part}/no_decay"]) - set(default[f"{part}/no_decay"])
+        assert (
+            moved
+            == {
+                "vision": {f"vision_model.encoder.layer.0.mlp.fc{number}.weight" for number in (1, 2)},
+                "projector": set(),
+                "language": {"language_model.model.embeddings.weight"},
+            }[part]
+        )
+
+
+@pytest.mark.parametrize("pattern", ["language_model.model.embeddings.weight", "vision.encoder.layers.*", "lm_head"])
+def test_a_pattern_that_matches_nothing_is_an_error(model, pattern):
+    with pytest.raises(ValueError, match=rf"no_decay names '{re.escape(pattern)}', which matches none of the model's"):
+        parameter_groups(model, RATES, 0.1, no_decay=["language.*", pattern])
+
+
+def test_a_pattern_may_name_a_part_that_is_frozen(model):
+    freeze(model, ["vision"])
+    assert parameter_groups(model, RATES, 0.1, no_decay=["vision.*"])
+
+
+def test_biases_of_attention_to_positions_are_biases():
+    model = NemotronVL(NemotronVLConfig.tiny(vocab_size=266, pattern="M", audio_token_id=263))
+    names = grouped_names(model, parameter_groups(model, 1e-3, 0.1))
+    biases = {f"audio_tower.layers.0.self_attn.bias_{letter}" for letter in "uv"}
+    assert biases <= set(names["audio/no_decay"])
+    assert "audio_tower.layers.0.self_attn.q_proj.weight" in names["audio"]

@@ -1,4 +1,4 @@
-"""Beams and several answers per prompt: every copy of a row sees the row's own media, whatever kinds they are."""
+"""Rows repeated for beams or several answers, and rows cut at their answers: each sees its own media, of any kind."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lightning_vlm import NemotronVL
 from lightning_vlm.data.collate import PaddedCollate
 from lightning_vlm.models.fusion import FusionError
 from lightning_vlm.models.media import MediaInputs
-from lightning_vlm.models.repeated_media import repeat_media
+from lightning_vlm.models.row_media import prompt_media, repeat_media
 from lightning_vlm.schema import Sample, VLMBatch
 from lightning_vlm.training.generation import left_padded_prompts
-from tests.fixtures.media_samples import ALL_MEDIA, media_processor, varied_samples
+from tests.fixtures.media_samples import ALL_MEDIA, conversation, media_processor, picture, sound, varied_samples, video
 
 MEDIA = tuple(MediaInputs.__slots__)
 COUNTS = ("num_images", "num_videos", "num_clips")
@@ -80,6 +81,58 @@ def test_media_of_other_rows_are_refused(talker: NemotronVL) -> None:
     ids[0, int((ids[0] == 4).nonzero()[0])] = 100
     with pytest.raises(FusionError, match="row 0 has"):
         repeat_media(talker.config, ids, prompt["mm_token_type_ids"], media, 2)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_prompts_keep_their_own_media(talker: NemotronVL, rate: float) -> None:
+    processor = media_processor(rate)
+    film, noise, image = video(processor, 5, seed=1), sound(9000, 2), picture(seed=3)
+    other, short, small = video(processor, 2, 16, 48, seed=4), sound(2000, 5), picture(40, 24, 6)
+    turns = [
+        (["what?"], [image, "a", film, noise, "b"]),  # all in the answer
+        (["a", film, short], ["yes", other], ["more", small, noise], [other, short, "no", image]),
+        ([image, other, noise], ["nothing"]),
+        (["only text"], ["indeed", short]),
+    ]
+    batch = batch_of([processor.encode(*conversation(*said)) for said in turns])
+    asked = batch_of([processor.encode(*conversation(*said[:-1]), answer=True) for said in turns])
+    prompt, expected = left_padded_prompts(batch, 0), left_padded_prompts(asked, 0)
+    assert all(torch.equal(value, prompt[name]) for name, value in expected.items())
+    for types in (prompt["mm_token_type_ids"], None):
+        if types is None:  # a batch of images alone needs none
+            turns = [
+                tuple([part for part in turn if isinstance(part, str | Image.Image)] for turn in said) for said in turns
+            ]
+            batch = batch_of([processor.encode(*conversation(*said)) for said in turns])
+            asked = batch_of([processor.encode(*conversation(*said[:-1]), answer=True) for said in turns])
+            assert batch.mm_token_type_ids is None
+        ids = left_padded_prompts(batch, 0)["input_ids"]
+        kept = prompt_media(talker.config, ids, types, {**batch.media_inputs()})
+        media = asked.media_inputs()
+        for name in MEDIA:
+            assert (kept.get(name) is None) == (name not in media), name
+            if name in media:
+                assert torch.equal(kept[name], media[name]), name
+
+
+def test_no_prompt_has_any_media(talker: NemotronVL) -> None:
+    processor = media_processor(0.5)
+    answer = [picture(), video(processor, 3), sound()]
+    batch = batch_of([processor.encode(*conversation(["a"], answer)), processor.encode(*conversation(["b"], ["c"]))])
+    prompt = left_padded_prompts(batch, 0)
+    kept = prompt_media(talker.config, prompt["input_ids"], prompt["mm_token_type_ids"], {**batch.media_inputs()})
+    assert {name: value.tolist() for name, value in kept.items() if value is not None} == {
+        name: [0, 0] for name in COUNTS
+    }
+    assert generate(talker, prompt | {name: value for name, value in kept.items() if value is not None}).shape == (2, 5)
+
+
+def test_where_all_media_are_asked_about_nothing_is_copied(talker: NemotronVL) -> None:
+    batch = batch_of(varied_samples(media_processor(0.5)))
+    prompt, media = left_padded_prompts(batch, 0), batch.media_inputs()
+    kept = prompt_media(talker.config, prompt["input_ids"], prompt["mm_token_type_ids"], {**media})
+    assert kept.keys() == media.keys()
+    assert all(kept[name] is value for name, value in media.items())
 
 
 def generate(model: NemotronVL, prompt: dict[str, Tensor], **options: Any) -> Tensor:
