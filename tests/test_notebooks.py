@@ -53,11 +53,20 @@ def prunes(text: str) -> None:
     assert "EVS at 80 %: 724 tokens, 102 of them pictures" in text  # max(64, int(8 * 64 * 0.2)) = 102
 
 
+def exports(text: str) -> None:
+    assert "verified: logits of a sample of the training data are equal bit by bit" in text
+    assert re.search(r"largest difference of [\d,]+ logits: 0\n", text)
+    before, after = re.findall(r"held-out exact match (?:with adapters|of the merged folder): ([\d.]+)", text)
+    assert before == after
+    assert float(after) > 0.8
+
+
 CLAIMS = {
     "01_train_on_a_laptop": learns,
     "02_packing_and_isolation": isolates,
     "03_your_data": survives,
     "04_tiles_video_evs": prunes,
+    "05_finetune_and_export": exports,
 }
 
 

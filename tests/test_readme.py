@@ -57,7 +57,10 @@ def test_python_blocks(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_command_lines(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(demo)
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("lightning-vlm ")]
-    commands = ["fit", "fit", "predict", "check", "preview", "plan", "describe", "doctor", "fit", "fit", "fit"]
+    commands = [
+        *("fit", "fit", "predict", "check", "preview", "plan", "describe", "doctor", "fit", "fit", "fit"),
+        *("export", "fit", "export"),
+    ]
     assert [line.split()[1] for line in lines] == commands
     for steps, line in enumerate(lines, start=1):
         command = line.split()[1]

@@ -1,7 +1,7 @@
 """A checkpoint file is whole or not there: Lightning's plugin that writes it, safe against full disks and kills.
 
-Lightning's own holds a second copy of the checkpoint in memory, writes it to the system's temporary folder, and moves it:
-between two disks that is a copy, over the older checkpoint. Here it is written once, beside its place, and renamed.
+Lightning's own holds a second copy of the checkpoint in memory, writes it to the system's temporary folder, and moves
+it: between two disks that is a copy, over the older checkpoint. Here it is written once, beside its place, and renamed.
 """
 
 from __future__ import annotations
