@@ -27,8 +27,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from lightning_vlm.callbacks.adapter_check import AdapterError
 from lightning_vlm.callbacks.predictions import PredictionTable
 from lightning_vlm.callbacks.throughput import Throughput
+from lightning_vlm.callbacks.trainable_check import TrainableError
 from lightning_vlm.commands.check import check_data
 from lightning_vlm.commands.describe import planned_network, print_description
 from lightning_vlm.commands.doctor import examine
@@ -245,7 +247,8 @@ class VLMCLI(LightningCLI):
             self.exit_code = 0 if shown else 1
         elif subcommand == "describe":
             config = self.config.describe
-            print_description(self.model, config.trainer.precision, config.detailed, config.json, config.save)
+            options = (config.detailed, config.json, config.save, config.model.optimizer)
+            print_description(self.model, config.trainer.precision, *options)
         elif subcommand == "plan":
             config = self.config.plan
             ranks = config.ranks or planned_ranks(config.trainer) or 1
@@ -290,7 +293,12 @@ def _run(args: list[str] | None) -> int:
         if given[:1] == ["export"]:  # of a checkpoint, which knows its run: it takes no config
             return export(given[1:])
         return VLMCLI(args).exit_code
-    except (DataError, IsolationError) as error:
+    except (DataError, IsolationError, TrainableError, AdapterError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        if "lightning-vlm[" not in str(error):  # else an extra of ours is not installed
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     except SIGTERMException:

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import ModuleDict
 
+from lightning_vlm.callbacks.adapter_check import AdapterCheck
 from lightning_vlm.callbacks.isolation import IsolationProbe
 from lightning_vlm.callbacks.ledger import EpochLedger
 from lightning_vlm.callbacks.record import RunRecord
@@ -156,7 +157,7 @@ class NemotronVLModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run brings: documents are isolated, what trains moves, no sample is lost, exports know the run."""
-        return [IsolationProbe(), TrainableCheck(), EpochLedger(), RunRecord()]
+        return [IsolationProbe(), TrainableCheck(), AdapterCheck(), EpochLedger(), RunRecord()]
 
     def setup(self, stage: str) -> None:
         """Starts afresh, and takes the processor and the names of score groups from the datamodule.

@@ -500,7 +500,7 @@ def test_an_image_of_another_size_than_measured_names_its_sample(
         list(data.train_dataloader())
     message = str(caught.value)
     assert message.startswith(f"{data.files['train'][0]}:5: the sample has ")
-    assert "as it was measured (an image or the row has changed since); delete '" in message
+    assert "as it was measured (a medium or the row has changed since); delete '" in message
     path = Path(message.partition("delete '")[2].partition("'")[0])
     path.unlink()  # as it says
     again = VLMDataModule(train=data.files["train"], processor=processor, **options)

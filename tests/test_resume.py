@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_vlm import NemotronVLConfig, NemotronVLModule, VLMDataModule
 from lightning_vlm.callbacks.checkpoint import RunCheckpoint
 from lightning_vlm.processing.tiny import tiny_processor
+from lightning_vlm.training import optimizers
 from lightning_vlm.training.resume import rewind_to_last_step
 
 TINY = {"pattern": "M*", "hidden_size": 32, "vision_hidden_size": 32, "vision_layers": 1}
@@ -55,11 +56,13 @@ def fit(
     ckpt_path: Path | None = None,
     workers: int = 0,
     data: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[NemotronVLModule, Recorder]:
     L.seed_everything(7, verbose=False)
     recorder = Recorder()
-    module = NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), lr=1e-2, generate_on_validation=False)
+    made = {"config": NemotronVLConfig.tiny(**TINY), "lr": 1e-2, "generate_on_validation": False, **(model or {})}
+    module = NemotronVLModule(**made)
     datamodule = VLMDataModule(
         train=str(file), processor=tiny_processor(), batch_size=2, num_workers=workers, **(data or {})
     )
@@ -110,6 +113,82 @@ def test_resume_after_any_step_is_exact(make_task: Callable[..., Path], tmp_path
         resumed, rest = fit(file, tmp_path, ckpt_path=tmp_path / "ckpt" / f"step={step}.ckpt", workers=workers)
         assert rest.rows == recorded.rows[step:], f"resumed after step {step}"
         assert_same_weights(resumed, whole)
+
+
+def saved_states(path: Path) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Groups, and states of an optimizer, as they can be read by whoever has only torch."""
+    saved = torch.load(path, weights_only=True)["optimizer_states"][0]
+    return saved["param_groups"], list(saved["state"].values())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"optimizer": "muon"},
+        {"optimizer": "adamw8bit"},
+        {"layer_decay": 0.5, "no_decay": ["language.model.embeddings.*"]},
+        {"optimizer": "muon", "layer_decay": 0.5, "freeze": ["language"]},
+    ],
+    ids=str,
+)
+def test_every_optimizer_resumes_exactly(make_task: Callable[..., Path], tmp_path: Path, model: dict[str, Any]) -> None:
+    if model.get("optimizer") == "adamw8bit":
+        pytest.importorskip("torchao")
+    # Mixtures too, and matrices large enough for torchao to quantise their states.
+    config = NemotronVLConfig.tiny(pattern="M*E", hidden_size=64, vision_hidden_size=64, vision_layers=1)
+    options: dict[str, Any] = {"model": {"config": config, **model}}
+    file = make_task(11)
+    whole, recorded = fit(file, tmp_path, every_step(tmp_path / "ckpt"), **options)
+    for step in (1, 6, 9):
+        resumed, rest = fit(file, tmp_path, ckpt_path=tmp_path / "ckpt" / f"step={step}.ckpt", **options)
+        assert rest.rows == recorded.rows[step:], f"resumed after step {step}"
+        assert_same_weights(resumed, whole)
+
+
+READ = """
+import sys, torch
+class NoPackages:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("torchao", "lightning_vlm"):
+            raise ImportError(name)
+sys.meta_path.insert(0, NoPackages())
+states = torch.load(sys.argv[1], weights_only=True)["optimizer_states"][0]["state"].values()
+kinds = {str(value["codes"].dtype) for state in states for value in state.values() if isinstance(value, dict)}
+assert kinds == {"torch.uint8"}, kinds
+"""
+
+
+def test_eight_bit_states_are_read_without_torchao(make_task: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    config = NemotronVLConfig.tiny(pattern="M*E", hidden_size=64, vision_hidden_size=64, vision_layers=1)
+    model = {"config": config, "optimizer": "adamw8bit"}
+    fit(make_task(4), tmp_path, every_step(tmp_path / "ckpt"), model=model, max_steps=2)
+    command = [sys.executable, "-c", READ, str(tmp_path / "ckpt" / "last.ckpt")]
+    subprocess.run(command, check=True, timeout=120)
+
+
+def test_a_run_goes_on_with_the_kernel_that_it_began_with(
+    make_task: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run that was begun before there was a fused one, or on a device that has none."""
+    file = make_task(11)
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizers, "_FUSED_ON", ())
+        whole, _ = fit(file, tmp_path, every_step(tmp_path / "plain"))
+    fused, _ = fit(file, tmp_path, every_step(tmp_path / "fused"))
+    different = [
+        name
+        for name, weight in whole.network.state_dict().items()
+        if not torch.equal(weight, fused.network.state_dict()[name])
+    ]
+    assert different, "the two kernels round alike; this test shows nothing"
+    for kind, expected in (("plain", whole), ("fused", fused)):
+        groups, _ = saved_states(tmp_path / kind / "step=4.ckpt")
+        assert {bool(group.get("fused")) for group in groups} == {kind == "fused"}
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizers, "_FUSED_ON", ("cpu",) if kind == "plain" else ())
+            resumed, _ = fit(file, tmp_path, ckpt_path=tmp_path / kind / "step=4.ckpt")
+        assert_same_weights(resumed, expected)
 
 
 class AsksForSteps(NemotronVLModule):

@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_vlm.media.load import MediaError
+from lightning_vlm.models.media import KINDS
 from lightning_vlm.schema import (
     IGNORE_INDEX,
+    IMAGE,
+    SOUND,
+    TEXT,
+    VIDEO,
     Conversation,
     DataError,
     ImageRef,
@@ -80,6 +85,11 @@ class TestConversation:
     def test_cannot_be_changed_in_place(self) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
             self.turns[0].role = "assistant"  # type: ignore[misc]
+
+
+def test_both_halves_number_the_kinds_of_media_alike() -> None:
+    assert (TEXT, IMAGE, VIDEO, SOUND) == (0, 1, 2, 3), "transformers' numbers"
+    assert [KINDS[number - 1] for number in (IMAGE, VIDEO, SOUND)] == ["image", "video", "sound"]
 
 
 class TestLabelTokens:

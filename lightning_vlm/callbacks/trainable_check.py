@@ -51,6 +51,7 @@ class TrainableCheck(L.Callback):
         self._rates: dict[str, float] = {}
         self._scale: float | None = None
         self._undriven: dict[str, int] = {}  # group -> steps that reached it and gave it no gradient
+        self._any_driven = False
         self._waiting: list[str] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -123,8 +124,9 @@ class TrainableCheck(L.Callback):
         for one, effect in zip(now, effects):
             if one.group is not None:
                 tallies.setdefault(one.group, _Tally()).add(one, effect)
-        if not any(tally.driven for tally in tallies.values()):
-            return  # a step without a label
+        self._any_driven |= any(tally.driven for tally in tallies.values())
+        if not self._any_driven:
+            return  # a step without a label, or a strategy that keeps gradients elsewhere
         self._refuse_undriven(step, tallies)
         peaks = {
             name_of(group, number): float(group.get("initial_lr", group["lr"]))
@@ -164,10 +166,15 @@ class TrainableCheck(L.Callback):
         if not done and waiting == self._waiting:
             return
         self._waiting = waiting
-        parts = [f"{name} {tallies[name].moved} of {len(tallies[name].names)}" for name in done]
+        counts: dict[str, list[int]] = {}
+        for name in done:
+            count = counts.setdefault(name.partition("/")[0], [0, 0])
+            count[0] += tallies[name].moved
+            count[1] += len(tallies[name].names)
+        parts = [f"{moved} of {number} tensors of {part}" for part, (moved, number) in counts.items()]
         resting = sum(one.group is None for one in self._watched)
-        text = f"step {step} moved, of the tensors of each group: {', '.join(parts)}" if parts else f"step {step}"
-        text += f"; all {resting} frozen tensors stayed" if resting else ""
+        text = f"step {step} moved {', '.join(parts) or 'nothing that it had not moved before'}"
+        text += f"; all {resting} frozen ones stayed" if resting else ""
         text += f"; not reached yet or not seen to move: {', '.join(waiting)}" if waiting else ""
         still = [name for group in done for name in tallies[group].undriven]
         text += f"; without a gradient: {_some(still)}" if still else ""
@@ -194,7 +201,7 @@ class _Tally:
         self.driven += effect.driven
         self.in_graph |= effect.in_graph
         self._dtypes.add(str(one.parameter.dtype).removeprefix("torch."))
-        if not effect.driven:
+        if not effect.driven and ".lora_A." not in one.name:  # theirs is zero until lora_B has moved
             self.undriven.append(one.name)
 
 

@@ -17,6 +17,7 @@ from lightning_vlm.models.architecture import Architecture, aligned, describe_ar
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.module import NemotronVLModule
 from lightning_vlm.schema import DataError
+from lightning_vlm.training.optimizers import state_bytes
 
 # Lightning keeps weights in this dtype; with "mixed" precision they stay float32, and only computing is in half.
 _DTYPES = {
@@ -24,7 +25,11 @@ _DTYPES = {
     **dict.fromkeys(("bf16-true", "transformer-engine"), torch.bfloat16),
     **dict.fromkeys(("16-true", "transformer-engine-float16"), torch.float16),
 }
-_ADAMW_STATES = 2  # exp_avg and exp_avg_sq, in the dtype of the weights
+_STATES = {
+    "adamw": "2 for each trainable parameter, in its dtype",
+    "adamw8bit": "2 bytes for each trainable parameter, and a scale of 4 for 256 of them; small tensors as adamw",
+    "muon": "1 for each hidden matrix, 2 for other trainable parameters, in their dtype",
+}
 
 
 def planned_network(options: dict[str, Any], precision: str | int | None) -> NemotronVL:
@@ -50,6 +55,7 @@ def print_description(
     detailed: bool = False,
     as_json: bool = False,
     save: str | os.PathLike[str] | None = None,
+    optimizer: str = "adamw",
 ) -> None:
     """Prints what a model consists of, and what memory its training takes.
 
@@ -59,6 +65,7 @@ def print_description(
         detailed: Also the inside of its parts.
         as_json: Print for machines: one JSON object.
         save: Where to write the same text, besides.
+        optimizer: Of the run.
 
     Raises:
         DataError: If the file cannot be written.
@@ -66,7 +73,7 @@ def print_description(
     architecture = describe_architecture(network, detailed)
     precision = str(precision or "32-true")
     dtype = str(_DTYPES.get(precision, torch.float32)).removeprefix("torch.")
-    memory = training_memory(architecture)
+    memory = training_memory(architecture, state_bytes(network, optimizer), optimizer)
     if as_json:
         data = {"precision": precision, "dtype": dtype, **architecture.to_dict(), "training_memory_bytes": memory}
         text = json.dumps(data, indent=2)
@@ -86,17 +93,19 @@ def print_description(
             ) from error
 
 
-def training_memory(architecture: Architecture) -> dict[str, int]:
+def training_memory(architecture: Architecture, states: int, optimizer: str = "adamw") -> dict[str, int]:
     """Bytes of a training's weights, gradients and optimizer states on one device that holds all of them.
 
     Args:
         architecture: The model, frozen as in the run.
+        states: Bytes of the optimizer's states.
+        optimizer: Its name.
     """
     total = architecture.total
     parts = {
         "weights": total.parameter_bytes + total.fixed_bytes,
         "gradients": total.trainable_bytes,
-        "adamw": _ADAMW_STATES * total.trainable_bytes,
+        optimizer: states,
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -105,7 +114,7 @@ def _memory_text(memory: dict[str, int]) -> str:
     formulas = {
         "weights": "parameters and fixed values",
         "gradients": "one for each trainable parameter, in its dtype",
-        "adamw": f"{_ADAMW_STATES} for each trainable parameter, in its dtype",
+        **{name: text for name, text in _STATES.items() if name in memory},
         "total": "activations come on top; sharding over devices is not considered",
     }
     header = ("training", "memory", "")

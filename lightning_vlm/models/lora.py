@@ -258,6 +258,15 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
     return found
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model has adapters; peft need not be there to ask.
+
+    Args:
+        model: Any.
+    """
+    return any(hasattr(module, "lora_A") for module in model.modules())
+
+
 def without_adapters(name: str) -> str:
     """The name that a tensor of an adapted model has in the model itself.
 

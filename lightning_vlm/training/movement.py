@@ -82,14 +82,32 @@ def effects_of_step(parameters: Sequence[Tensor], before: Tensor) -> list[Effect
         before: Their `fingerprints`.
     """
     moved = fingerprints(parameters, before.device) != before
+    in_graph = torch.tensor([parameter.grad is not None for parameter in parameters], device=before.device)
+    flags = _on_any_rank(torch.stack([moved, in_graph, _driven(parameters, before.device)]))
+    return [Effect(*column) for column in flags.T.tolist()]
+
+
+def have_gradients(parameters: Sequence[Tensor], device: torch.device) -> list[bool]:
+    """Which parameters have a gradient that is not zero everywhere, on any rank; the same answer on every rank.
+
+    Args:
+        parameters: The parameters, the same ones on every rank.
+        device: Where ranks compare.
+    """
+    return _on_any_rank(_driven(parameters, device)).tolist() if parameters else []
+
+
+def _driven(parameters: Sequence[Tensor], device: torch.device) -> Tensor:
     gradients = [parameter.grad for parameter in parameters]
-    in_graph = torch.tensor([gradient is not None for gradient in gradients], device=before.device)
-    driven = [torch.zeros(()) if gradient is None else _local(gradient).any() for gradient in gradients]
-    flags = torch.stack([moved, in_graph, torch.stack([flag.to(before.device).bool() for flag in driven])])
+    flags = [torch.zeros(()) if gradient is None else _local(gradient).any() for gradient in gradients]
+    return torch.stack([flag.to(device).bool() for flag in flags])
+
+
+def _on_any_rank(flags: Tensor) -> Tensor:
     flags = flags.to(torch.int32)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return [Effect(*column) for column in flags.T.bool().tolist()]
+    return flags.bool()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def train(wrap: Wrap, name: str, steps: int, resume_after: int | None, rank: int
 
 @pytest.mark.parametrize(("wrap", "name"), [(ddp, "adamw"), (fsdp2, "adamw"), (ddp, "muon")])
 def test_ranks_step_as_one_process(tmp_path: Path, wrap: Wrap, name: str) -> None:
-    """Bit by bit, also the fused kernel on shards, some of which are empty."""
+    """Bit by bit, also the fused kernel on shards."""
     one = train(plain, name, 3, None, None)
     for found in run_ranks(partial(train, wrap, name, 3, None), tmp_path):
         assert all(found["fused"])
@@ -118,14 +118,11 @@ def look_twice(rank: int) -> list[bool]:
     with torch.no_grad():
         model(**make_batch(images=True, seed=0))
     after = fingerprints(list(parameters_at_rest(model).values()), device)
-    model(**make_batch(images=True, seed=0)).loss.backward()
-    return [torch.equal(before, after), len(before) == len(list(model.parameters())), bool((before == 0).any())]
+    return [torch.equal(before, after), len(before) == len(list(model.parameters()))]
 
 
 def test_gathered_parameters_are_looked_at_as_shards(tmp_path: Path) -> None:
-    for same, complete, _ in run_ranks(look_twice, tmp_path):
-        assert same
-        assert complete
+    assert run_ranks(look_twice, tmp_path) == [[True, True], [True, True]]
 
 
 class Placed(NemotronVLModule):

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_vlm import NemotronVL
 from lightning_vlm.models.lora import Lora, adapters_of, add_adapters, without_adapters
 from lightning_vlm.models.parts import parts_of
+from lightning_vlm.training.recomputation import recompute_activations
 
 EVERYTHING = Lora(
     language=["attention", "mamba", "mlp", "experts"],
@@ -98,16 +99,22 @@ def test_a_new_adapter_changes_nothing(model, make_batch):
         assert torch.equal(model(**batch).logits, before)
 
 
-def test_every_adapter_gets_a_gradient_packed_and_with_recomputation(model, make_batch):
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_adapter_gets_a_gradient(model, make_batch, packed, recomputed):
     add_adapters(model, EVERYTHING)
-    model.train()
+    recompute_activations(model.train(), recomputed)
     shake_adapters(model)
-    batch = make_batch([[5, (2, 6), 3], [8]])
+    batch = make_batch([[5, (2, 6), 3]])
     sound = {
         "input_ids": torch.tensor([[7, 263, 263, 9]]),
         "labels": torch.tensor([[7, -100, -100, 9]]),
         "input_features": torch.randn(1, 16, 32),
     }
+    if packed:
+        del batch["attention_mask"]
+        batch["cu_seqlens"] = torch.tensor([0, 5, batch["input_ids"].shape[1]], dtype=torch.int32)
+        sound["cu_seqlens"] = torch.tensor([0, 4], dtype=torch.int32)
     (model(**batch).loss + model(**sound).loss).backward()
     for adapter in adapters_of(model):
         for name in (adapter.a, adapter.b):

@@ -223,3 +223,11 @@ def test_frames_may_say_how_fast_they_follow_each_other() -> None:
     frames, clip = parse_row(row, "rows.jsonl:1").media
     assert frames == VideoRef(("a.png", "b.png"), 2.0)
     assert clip == VideoRef("clip.mp4", None)
+
+
+def test_a_file_may_say_how_fast_it_is_to_be_seen() -> None:
+    """Qwen's ``fps`` of a file: what is taken of it, not how fast it was filmed."""
+    parts = [{"type": "video", "video": "a.mp4", "fps": 1}, {"type": "video", "video": b"bytes", "fps": None}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]}
+    conversation = parse_row(row, "rows.jsonl:1")
+    assert conversation.videos == (VideoRef("a.mp4", sampling_fps=1.0), VideoRef(b"bytes"))
