@@ -7,6 +7,7 @@ while they wait do not. Whoever sets the variable keeps their value.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -14,6 +15,8 @@ import sys
 def main() -> int | None:
     """Runs the command line; returns its exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name in ("torchao", "torch.utils._pytree"):  # torchao tells of each GPU kernel that a machine has no use for
+        logging.getLogger(name).setLevel(logging.ERROR)
     from lightning_vlm.cli import main as run
 
     return run()

@@ -168,7 +168,8 @@ class VLMCLI(LightningCLI):
         strict: dict[str, Any] = {"allow_abbrev": False, "parser_mode": "yaml"}
         # jsonargparse overwrites a subcommand's allow_abbrev with the top level's: both are set.
         # A dict for each: LightningCLI writes the subcommand's description into it.
-        parser_kwargs = {**strict, **{name: dict(strict) for name in _SUBCOMMANDS}} if run else strict
+        parser_kwargs = {**strict, **{name: dict(strict) for name in _SUBCOMMANDS}} if run else dict(strict)
+        parser_kwargs["epilog"] = "Besides: lightning-vlm export RUN OUT, without a config; lightning-vlm export -h."
         super().__init__(
             NemotronVLModule,
             VLMDataModule,

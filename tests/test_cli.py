@@ -283,6 +283,19 @@ def test_help_says_what_a_command_does(command: str, purpose: str, capsys: pytes
     assert purpose in capsys.readouterr().out
 
 
+def test_help_names_the_command_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--help") == 0
+    assert "lightning-vlm export RUN OUT" in capsys.readouterr().out
+
+
+def test_a_missing_extra_is_told_in_one_sentence(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert exit_code("describe", "--config", str(config), "--model.lora", "{rank: 4}") == 1
+    assert capsys.readouterr().err.endswith("error: LoRA needs peft: pip install 'lightning-vlm[lora]'\n")
+
+
 def test_wandb_absent(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import importlib.util
 
