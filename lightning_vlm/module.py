@@ -34,7 +34,7 @@ from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.models.parts import check_parts
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import DataError, VLMBatch, file_of
-from lightning_vlm.training.freezing import freeze
+from lightning_vlm.training.freezing import check_new_is_trained, freeze
 from lightning_vlm.training.generation import generate_answers
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
 from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens
@@ -115,7 +115,9 @@ class NemotronVLModule(L.LightningModule):
         config = config.to_dict() if isinstance(config, NemotronVLConfig) else config
         if lora is not None and freeze:
             raise ValueError(f"freeze={freeze} beside lora, which freezes what it does not name; give one of them")
-        lora = None if lora is None else asdict(Lora(**lora) if isinstance(lora, dict) else lora)
+        adapters = Lora(**lora) if isinstance(lora, dict) else lora
+        check_new_is_trained(from_scratch or [], freeze or [], adapters)
+        lora = None if adapters is None else asdict(adapters)
         self.save_hyperparameters()
         self.model: NemotronVL | None = None
         self.coverage: Coverage | None = None  # of adapters

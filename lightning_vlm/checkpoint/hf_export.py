@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lightning_vlm.checkpoint.differences import Difference, differences_error
 from lightning_vlm.checkpoint.hf_import import names_from_scratch
@@ -26,6 +26,7 @@ from lightning_vlm.checkpoint.layout import (
     Shape,
     Stretch,
     canonical_key,
+    is_implied,
     is_not_ours,
     is_optional,
     may_be_zero,
@@ -39,6 +40,8 @@ from lightning_vlm.schema import DataError
 
 SHARD_BYTES = 5_000_000_000
 """Of a file, where no base says how weights are split; transformers' default."""
+
+_EXPORTED = (CONFIG_NAME, "adapter_config.json")  # one of them is in every folder that was exported
 
 Joined = tuple[Shape, list[Stretch]]
 
@@ -76,14 +79,15 @@ def plan_weights(trained: TrainedWeights, base: WeightFiles | None, dtype: torch
     """
     released = released_tensors({name: trained.shape(name) for name in trained})
     if base is None:
-        return _plan_anew(trained, {key: joined for key, joined in released.items() if not is_optional(key)}, dtype)
+        _check_implied(trained, trained)
+        return _plan_anew(trained, {key: joined for key, joined in released.items() if not is_implied(key)}, dtype)
     new = names_from_scratch(list(trained), trained.hyperparameters.get("from_scratch") or ())
     own = {canonical_key(name): (trained.shape(name), [Stretch(name)]) for name in trained}
     found = {key: joined for key in base if (joined := released.get(canonical_key(key)) or own.get(canonical_key(key)))}
     differences = [
         Difference("other shape", key, shape, base[key].shape)
-        for key, (shape, _) in found.items()
-        if shape != base[key].shape
+        for key, (shape, stretches) in found.items()
+        if shape != base[key].shape and not all(stretch.name in new for stretch in stretches)
     ]
     differences += [
         Difference("unexpected", key, None, base[key].shape)
@@ -91,6 +95,7 @@ def plan_weights(trained: TrainedWeights, base: WeightFiles | None, dtype: torch
         if key not in found and not _is_handed_on(canonical_key(key))
     ]
     written = {stretch.name for _, stretches in found.values() for stretch in stretches}
+    _check_implied(trained, trained.keys() - written)
     added = {
         key: joined
         for key, joined in released.items()
@@ -140,12 +145,13 @@ def write_weights(folder: Path, plan: WeightPlan, trained: Mapping[str, Tensor],
 
 
 @contextmanager
-def complete_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+def complete_folder(out: Path, overwrite: bool = False, needed: Sequence[Path] = ()) -> Iterator[Path]:
     """A folder to write into, which appears under its name when all is written.
 
     Args:
         out: Its name.
-        overwrite: Replace what is there.
+        overwrite: Replace an earlier export.
+        needed: What must not be replaced, whatever was asked for.
 
     Yields:
         The folder to write into. It is beside ``out``; what an earlier, killed export left there is gone.
@@ -153,11 +159,13 @@ def complete_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         DataError: If there is something already, or the disk is full; nothing is left behind then.
     """
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(str(out), "there is something already", "name another folder, or pass --overwrite")
+    _check_place(out, overwrite, needed)
     partial, previous = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "previous"))
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(str(out), f"no folder can be made there ({error.strerror})", "name another folder") from error
     try:
         yield partial
         if out.exists():
@@ -166,12 +174,30 @@ def complete_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         partial.replace(out)
         _sync(out.parent)
     except OSError as error:
+        if previous.exists() and not out.exists():
+            previous.replace(out)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _no_space(out, f"the disk was full after {_size(partial) / 1e9:.2f} GB") from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _check_place(out: Path, overwrite: bool, needed: Sequence[Path]) -> None:
+    """Refuses to replace anything but an export: a run's folder, its base and the working folder are more than that."""
+    if out.exists() and not out.is_dir():
+        raise DataError(str(out), "there is a file, expected a folder or nothing", "name another folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    for path in (*needed, Path.cwd()):
+        if path.resolve().is_relative_to(out.resolve()):
+            raise DataError(str(out), f"an export there would replace {path}, which is needed", "name another folder")
+    if not overwrite:
+        raise DataError(str(out), "there is something already", "name another folder, or pass --overwrite")
+    if not any((out / name).is_file() for name in _EXPORTED):
+        found = f"it has neither {' nor '.join(_EXPORTED)}: it is no export, and --overwrite would delete it"
+        raise DataError(str(out), found, "name another folder")
 
 
 def _plan_like(
@@ -182,7 +208,8 @@ def _plan_like(
     last = max(base.files)
     for file in base.files:
         old = entries_of(base.headers[file])
-        new = [Entry(entry.key, entry.shape, _dtype(entry.key, entry.dtype, dtype)) for entry in old]
+        shapes = {entry.key: found[entry.key][0] if entry.key in found else entry.shape for entry in old}
+        new = [Entry(entry.key, shapes[entry.key], _dtype(entry.key, entry.dtype, dtype)) for entry in old]
         if file == last:
             main = max(old, key=lambda entry: entry.num_bytes).dtype
             new += [Entry(key, shape, _dtype(key, main, dtype)) for key, (shape, _) in added.items()]
@@ -216,6 +243,17 @@ def _plan_anew(trained: TrainedWeights, released: dict[str, Joined], dtype: torc
     size = sum(entry.num_bytes for shard in shards for entry in shard)
     files = {name: make_header(shard, metadata) for name, shard in zip(names, shards)}
     return WeightPlan(files, released, _index({"total_size": size}, weight_map))
+
+
+def _check_implied(trained: TrainedWeights, left_out: Iterable[str]) -> None:
+    """Refuses to leave out a layer scale that does something: released files have no place for it."""
+    for name in left_out:
+        if "layer_scale" in name and not bool((trained[name] == 1).all()):
+            raise DataError(
+                str(trained.path),
+                f"{name} is not 1 everywhere, and the released layout has no place for a layer scale",
+                "train with it frozen, as NemotronVLModule has it",
+            )
 
 
 def _is_handed_on(key: str) -> bool:

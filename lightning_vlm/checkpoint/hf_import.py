@@ -32,6 +32,7 @@ from lightning_vlm.checkpoint.layout import (
 from lightning_vlm.checkpoint.weight_files import WeightFiles
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.models.parts import PARTS, check_parts
+from lightning_vlm.schema import DataError
 
 _THREADS = 4
 
@@ -118,7 +119,8 @@ def names_from_scratch(names: Collection[str], wanted: Iterable[str]) -> set[str
         wanted: Parts, or modules of parts.
 
     Raises:
-        ValueError: If an entry means none.
+        DataError: If an entry means none.
+        ValueError: If it begins with no part.
     """
     chosen: set[str] = set()
     for entry in wanted:
@@ -127,7 +129,8 @@ def names_from_scratch(names: Collection[str], wanted: Iterable[str]) -> set[str
         prefix = ".".join(filter(None, (PARTS[part].attribute, inside))) + "."
         found = {name for name in names if name.startswith(prefix) or name + "." == prefix}
         if not found:
-            raise ValueError(f"from_scratch names {entry!r}, but the model has no {prefix.rstrip('.')}; leave it out")
+            absent = prefix.rstrip(".")
+            raise DataError("model.from_scratch", f"{entry!r} is named, but the model has no {absent}", "leave it out")
         chosen |= found
     return chosen
 

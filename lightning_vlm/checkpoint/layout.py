@@ -47,7 +47,8 @@ _ALIASES = [
     (re.compile(r"^(language_model\.backbone\.)embed_tokens\."), r"\1embeddings."),
 ]
 
-_OPTIONAL = re.compile(r"layer_scale[12]\.|summary_idxs$|num_batches_tracked$")
+_IMPLIED = re.compile(r"layer_scale[12]\.|summary_idxs$")
+_OPTIONAL = re.compile(rf"{_IMPLIED.pattern}|num_batches_tracked$")
 _NOT_OURS = re.compile(r"input_conditioner\.|feature_extractor\.featurizer\.|^(language_model\.)?mtp\.")
 _SOUND_BIAS = re.compile(r"^sound_encoder\.encoder\.layers\.\d+\..*\.bias$")
 # float32 in the released bfloat16 files: what routing and normalisation would not bear to be rounded.
@@ -155,6 +156,15 @@ def is_optional(key: str) -> bool:
         key: Released name.
     """
     return _OPTIONAL.search(key) is not None
+
+
+def is_implied(key: str) -> bool:
+    """Whether released files never hold a tensor: layer scales, which RADIO has not, and what follows from the config.
+
+    Args:
+        key: Released name.
+    """
+    return _IMPLIED.search(key) is not None
 
 
 def is_not_ours(key: str) -> bool:

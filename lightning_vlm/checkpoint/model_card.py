@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_vlm.checkpoint.source import is_repository
 from lightning_vlm.checkpoint.trained import TrainedWeights
 
 _SETTINGS = ("lr", "weight_decay", "betas", "warmup", "min_lr_ratio", "freeze", "from_scratch", "lora", "init")
@@ -23,10 +24,10 @@ def model_card(trained: TrainedWeights, title: str, num_bytes: int, notes: Seque
     options, record = trained.hyperparameters, trained.rest.get("callbacks", {}).get("RunRecord", {})
     base = options.get("model_id")
     front = ["---", "pipeline_tag: image-text-to-text", "tags: [lightning-vlm]"]
-    if base is not None and Path(base).is_absolute():
-        base = Path(base).name  # where it lay is nobody's business
-    elif base is not None:
+    if base is not None and is_repository(base):
         front.append(f"base_model: {base}")
+    elif base is not None:
+        base = Path(base).absolute().name  # where it lay is nobody's business
     facts: list[tuple[str, Any]] = [
         ("trained from", base if base is not None else "a config, with random weights"),
         ("optimizer steps", trained.rest.get("global_step")),

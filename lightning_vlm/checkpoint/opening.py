@@ -23,16 +23,19 @@ from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.schema import DataError
 
-_DOWNLOADED = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", "README.md"]
+# Code is never run here, but an export hands it on: what serves it may look for what its config's auto_map names.
+_DOWNLOADED = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", "*.py", "README.md"]
 _EMBEDDINGS = "language_model.backbone.embeddings.weight"
 _PREFIX_TOKENS = "vision_model.radio_model.model.patch_generator.cls_token.token"
+_SUMMARY = "vision_model.radio_model.summary_idxs"
 
 
-def local_folder(name: str) -> Path:
+def local_folder(name: str, option: str = "model.model_id") -> Path:
     """The folder of a model: itself, or the download of a repository.
 
     Args:
         name: As `lightning_vlm.checkpoint.source.pretrained_source` lets it through.
+        option: What the user set it by, for the error.
 
     Raises:
         DataError: If it cannot be downloaded.
@@ -44,7 +47,7 @@ def local_folder(name: str) -> Path:
     except OSError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            "model.model_id",
+            option,
             f"{name!r} cannot be fetched ({reason})",
             "name a folder, or a repository that can be reached",
         ) from error
@@ -81,6 +84,8 @@ def planned_model(folder: Path, files: WeightFiles | None = None) -> NemotronVL:
     config = make_config(str(folder / CONFIG_NAME), _as_stored(_read_config(folder), found))
     if _PREFIX_TOKENS in found:
         config.vision_config.num_registers = found[_PREFIX_TOKENS].shape[0] - config.vision_config.num_cls_tokens
+    if files is not None and _SUMMARY in files:  # one index for each teacher, wherever they are kept
+        config.vision_config.summary_idxs = files.read(_SUMMARY).tolist()
     with torch.device("meta"):
         model = NemotronVL(config)
     if (folder / GENERATION_CONFIG_NAME).is_file():

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
 from lightning_vlm.checkpoint.adapter import write_adapter
@@ -21,6 +23,7 @@ from lightning_vlm.checkpoint.hf_export import complete_folder, plan_weights, wr
 from lightning_vlm.checkpoint.merged import MergedWeights, lora_of, trained_adapters
 from lightning_vlm.checkpoint.model_card import model_card
 from lightning_vlm.checkpoint.opening import local_folder
+from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.checkpoint.trained import TrainedWeights
 from lightning_vlm.checkpoint.weight_files import WeightFiles
 from lightning_vlm.models.config import NemotronVLConfig
@@ -66,7 +69,7 @@ def release(
         out: The folder; it appears when it is complete.
         base: The model that the training began with, where the checkpoint's own ``model_id`` does not lead there.
         dtype: Of the weights; as in the base, or as trained, by default.
-        overwrite: Replace what is in ``out``.
+        overwrite: Replace an earlier export in ``out``.
         check: Gets the weights that were written and the complete folder before it has its name; what it raises leaves
             nothing behind.
 
@@ -79,7 +82,7 @@ def release(
     files = WeightFiles(base) if base is not None and trained.hyperparameters.get("init") != "random" else None
     plan = plan_weights(trained, files, dtype)
     result = Release(out, base, len(plan.files), plan.num_bytes)
-    with complete_folder(out, overwrite) as folder:
+    with complete_folder(out, overwrite, _sources(trained, base)) as folder:
         write_weights(folder, plan, trained, files)
         if base is not None:
             _copy_rest(base, folder)
@@ -101,7 +104,7 @@ def release_adapter(trained: TrainedWeights, out: Path, base: Path | None = None
         trained: Its checkpoint.
         out: The folder; it appears when it is complete.
         base: As for `release`.
-        overwrite: Replace what is in ``out``.
+        overwrite: As for `release`.
 
     Raises:
         DataError: If it was no LoRA run, or more was trained than adapters.
@@ -110,7 +113,7 @@ def release_adapter(trained: TrainedWeights, out: Path, base: Path | None = None
         raise DataError(str(trained.path), "it was trained without LoRA", "export without --adapter")
     base = base or _recorded_base(trained)
     result = Release(out, base, 1, 0)
-    with complete_folder(out, overwrite) as folder:
+    with complete_folder(out, overwrite, _sources(trained, base)) as folder:
         result.num_bytes = write_adapter(folder, trained, trained_adapters(trained, base))
         (folder / _CARD).write_text(model_card(trained, out.name, result.num_bytes), encoding="utf-8")
     return result
@@ -130,13 +133,17 @@ def _recorded_base(trained: TrainedWeights) -> Path | None:
     if name is None:
         return None
     try:
-        return local_folder(name)
-    except Exception as error:
+        return local_folder(pretrained_source(name, "model.model_id"))
+    except DataError as error:
         raise DataError(
             str(trained.path),
-            f"it was trained from {name!r}, which is no folder here ({type(error).__name__})",
+            f"it was trained from {name!r}, which is no folder here ({error.problem})",
             "name that folder with --base",
         ) from error
+
+
+def _sources(trained: TrainedWeights, base: Path | None) -> list[Path]:
+    return [trained.path, *([] if base is None else [base])]
 
 
 def _copy_rest(base: Path, folder: Path) -> None:
@@ -148,23 +155,32 @@ def _copy_rest(base: Path, folder: Path) -> None:
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
-    changed = {name: str(dtype).removeprefix("torch.") for name in _DTYPE_NAMES if name in config}
-    path.write_text(json.dumps({**config, **changed}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(_with_dtype(config, dtype), indent=2) + "\n", encoding="utf-8")
+
+
+def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A config and those of its parts, where they name a dtype."""
+    parts = {name: _with_dtype(part, dtype) for name, part in config.items() if isinstance(part, dict)}
+    named = {name: str(dtype).removeprefix("torch.") for name in _DTYPE_NAMES if name in config}
+    return {**config, **parts, **named}
 
 
 def _write_processor(trained: TrainedWeights, base: Path | None, folder: Path) -> list[str]:
     """Leaves the base's files where they say what the training did; returns what serving should know."""
+    has_tokenizer = (folder / TOKENIZER_CONFIG_FILE).is_file()
     settings = record_of(trained).get("processor")
-    if settings is None:
-        return []
-    saved = None if base is None else json.loads(json.dumps(load_processor(str(base)).to_dict()))
-    if settings == saved:
-        return []
+    saved = None
+    if base is not None and has_tokenizer and settings is not None:
+        with suppress(OSError, ValueError):  # the training had its processor from elsewhere
+            saved = json.loads(json.dumps(load_processor(str(base)).to_dict()))
+    notes = [] if has_tokenizer else ["there is no tokenizer in this folder: it is served with that of the training"]
+    if settings is None or settings == saved:
+        return notes
     (folder / PROCESSOR_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if saved is None:
-        return []
+        return notes
     changed = [f"{name} {old!r} -> {new!r}" for name, old, new in _changes(saved, settings)]
-    return [f"media were prepared otherwise than {base} says: {', '.join(changed)}; serve with the same settings"]
+    return [f"media were prepared otherwise than the base says: {', '.join(changed)}; serve with the same settings"]
 
 
 def _changes(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:

@@ -18,6 +18,15 @@ from lightning_vlm.schema import DataError
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name is a repository's, and cannot be a folder's here.
+
+    Args:
+        name: Any.
+    """
+    return _REPOSITORY.fullmatch(name) is not None and not Path(name.split("/")[0]).is_dir()
+
+
 def pretrained_source(name: str | os.PathLike[str], option: str) -> str:
     """Checks a name before any library may look it up on a hub.
 
@@ -32,8 +41,7 @@ def pretrained_source(name: str | os.PathLike[str], option: str) -> str:
         DataError: If it is neither an existing folder nor a repository's full name.
     """
     name = os.fspath(name)
-    is_folder = bool(name) and Path(name).is_dir()
-    if is_folder or (_REPOSITORY.fullmatch(name) and not Path(name.split("/")[0]).is_dir()):
+    if name and (Path(name).is_dir() or is_repository(name)):
         return name
     raise DataError(
         option,

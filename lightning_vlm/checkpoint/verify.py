@@ -49,7 +49,9 @@ def verify(trained: Mapping[str, Tensor], folder: Path, sample: Mapping[str, Ten
         state[name].copy_(value)
     mark_loaded(model, trained)
     if sample is None:
-        sample = {"input_ids": torch.arange(min(_TEXT_TOKENS, model.config.text_config.vocab_size))[None]}
+        placeholders = (model.config.image_token_id, model.config.audio_token_id)
+        text = [token for token in range(model.config.text_config.vocab_size) if token not in placeholders]
+        sample = {"input_ids": torch.tensor([text[:_TEXT_TOKENS]])}
     before = model(**sample, use_cache=False).logits
     config = model.config
     del model, state

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from lightning_vlm.checkpoint.opening import local_folder
 from lightning_vlm.checkpoint.release import Release, record_of, release, release_adapter
+from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.checkpoint.trained import find_checkpoint, open_trained
 from lightning_vlm.checkpoint.verify import verify
 
@@ -36,7 +38,7 @@ def export(arguments: list[str]) -> int:
     checkpoint = find_checkpoint(options.checkpoint)
     trained = open_trained(checkpoint)
     out = Path(options.out).resolve()
-    base = None if options.base is None else Path(options.base)
+    base = None if options.base is None else local_folder(pretrained_source(options.base, "--base"), "--base")
     sample = record_of(trained).get("sample")
     logit = []
     if options.adapter:
@@ -74,5 +76,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapter", action="store_true", help="of a LoRA run, write its adapters alone (peft's format)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the export that is in the folder")
     return parser

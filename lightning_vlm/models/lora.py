@@ -22,6 +22,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
 from lightning_vlm.models.architecture import aligned
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.models.parts import PARTS, parts_of
+from lightning_vlm.schema import DataError
 
 Scope = Literal["attention", "mamba", "mlp", "experts"]
 How = Literal["lora", "full", "frozen"]
@@ -197,7 +198,7 @@ def add_adapters(model: NemotronVL, lora: Lora) -> Coverage:
 
     Raises:
         ImportError: If peft is missing.
-        ValueError: If a kind of layers or a part that was named is not in the model.
+        DataError: If a kind of layers or a part that was named is not in the model.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -207,14 +208,17 @@ def add_adapters(model: NemotronVL, lora: Lora) -> Coverage:
     present = parts_of(model)
     for name in PARTS:
         if name not in present and lora.how(name) != "frozen":
-            raise ValueError(f"lora.{name} is {lora.how(name)!r}, but the model has no such part; leave it out")
+            raise DataError(
+                f"model.lora.{name}", f"{lora.how(name)!r} is for a part that the model has not", "leave it out"
+            )
     if isinstance(lora.language, list):
         kinds = {layer.kind for layer in layers if layer.part == "language"}
         if missing := [scope for scope in lora.language if scope not in kinds]:
             pattern = model.config.text_config.hybrid_override_pattern
-            raise ValueError(
-                f"lora.language names {missing[0]!r}, but no layer of {pattern} is one; expected some of "
-                f"{', '.join(sorted(kinds))}"
+            raise DataError(
+                "model.lora.language",
+                f"{missing[0]!r} matches nothing, no layer of {pattern} is one",
+                f"name some of {', '.join(sorted(kinds))}",
             )
     chosen = [layer for layer in layers if _has_adapters(lora, layer.part, layer.kind)]
     config = LoraConfig(

@@ -6,12 +6,13 @@ tower keeps no activations. A frozen language model does: the gradient goes thro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lightning_vlm.models.lora import Lora
 from lightning_vlm.models.nemotron_vl import NemotronVL
-from lightning_vlm.models.parts import part, parts_of
+from lightning_vlm.models.parts import check_parts, part, parts_of
 
 # RADIO has none: transformers adds one that is the identity, for which the released layout has no place.
 _NEVER_TRAINED = "layer_scale"
@@ -41,6 +42,31 @@ def freeze(model: NemotronVL, names: Iterable[str]) -> None:
     for name, parameter in model.vision_model.named_parameters():
         if never_trained(name):
             parameter.requires_grad_(False)
+
+
+def check_new_is_trained(new: Iterable[str], frozen: Collection[str], lora: Lora | None) -> None:
+    """Refuses parts that begin with random weights and would keep them.
+
+    Args:
+        new: Parts, or modules of parts, that are made from scratch.
+        frozen: Parts that are not trained.
+        lora: What is trained instead of them.
+
+    Raises:
+        ValueError: If there is one, or a part is unknown.
+    """
+    for entry in new:
+        name = entry.partition(".")[0]
+        check_parts([name])
+        if name in frozen:
+            raise ValueError(
+                f"from_scratch names {entry!r}, but freeze keeps it random; take {name} out of one of them"
+            )
+        if lora is not None and lora.how(name) != "full":
+            raise ValueError(
+                f"from_scratch names {entry!r}, but lora.{name} is {lora.how(name)}, which keeps it random; set "
+                f"lora.{name} to full"
+            )
 
 
 def never_trained(name: str) -> bool:

@@ -14,6 +14,7 @@ from lightning_vlm import NemotronVLConfig, NemotronVLModule, NemotronVLProcesso
 from lightning_vlm.callbacks.averaging import WeightEMA
 from lightning_vlm.callbacks.checkpoint import RunCheckpoint
 from lightning_vlm.checkpoint.trained import open_trained
+from lightning_vlm.schema import StoppingError
 
 DECAY = 0.8
 
@@ -36,16 +37,20 @@ class Weights(L.Callback):
 def fit(make_task: Callable[..., Path], processor: NemotronVLProcessor, tmp_path: Path) -> Callable[..., Any]:
     file = make_task(8)
 
-    def run(epochs: int, ckpt_path: str | None = None, **options: Any) -> tuple[NemotronVLModule, Weights]:
+    def run(
+        epochs: int, ckpt_path: str | None = None, precision: Any = "32-true", others: Any = (), **options: Any
+    ) -> tuple[NemotronVLModule, Weights]:
         weights = Weights()
         L.seed_everything(0, verbose=False)
         config = NemotronVLConfig.tiny(pattern="M", hidden_size=32, vision_hidden_size=32, vision_layers=1)
         module = NemotronVLModule(config=config, freeze=["vision"], lr=1e-2, warmup=0, generate_on_validation=False,
                                   min_lr_ratio=1.0, **options)  # fmt: skip
         # Lightning has the swap for validation come first, and checkpoints last.
-        callbacks = [WeightEMA(DECAY), weights, RunCheckpoint(str(tmp_path / "checkpoints"), every_n_train_steps=3)]
+        saving = RunCheckpoint(str(tmp_path / "checkpoints"), every_n_train_steps=3)
+        callbacks = [WeightEMA(DECAY), weights, *others, saving]
         trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-                            callbacks=callbacks, max_epochs=epochs, num_sanity_val_steps=0)  # fmt: skip
+                            callbacks=callbacks, max_epochs=epochs, precision=precision,
+                            num_sanity_val_steps=0)  # fmt: skip
         data = VLMDataModule(train=str(file), val=str(file), processor=processor, batch_size=2, eval_batch_size=8)
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
         return module, weights
@@ -98,6 +103,28 @@ def test_a_resumed_run_has_the_same_average(fit: Callable[..., Any], tmp_path: P
     )
     for name, value in whole.named_parameters():
         assert torch.equal(value, resumed.get_parameter(name)), name
+
+
+class Interrupt(L.Callback):
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        raise RuntimeError("power cut")
+
+
+def test_an_interrupted_validation_is_saved_as_the_training_was(fit: Callable[..., Any], tmp_path: Path) -> None:
+    name, kept = "model.language_model.lm_head.weight", Weights()
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(1, others=[kept, Interrupt()])
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 4
+    assert torch.equal(saved["current_model_state"][name], kept.steps[-1][name])
+    assert torch.equal(saved["state_dict"][name], kept.validated[0][name])
+
+
+def test_half_precision_is_refused(fit: Callable[..., Any]) -> None:
+    with pytest.raises(
+        StoppingError, match=r"with trainer.precision bf16-true, which would round its steps away; set b"
+    ):
+        fit(1, precision="bf16-true")
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])

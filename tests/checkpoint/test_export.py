@@ -20,6 +20,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
 
 from lightning_vlm import NemotronVL, NemotronVLConfig, NemotronVLModule, VLMDataModule
@@ -27,6 +28,7 @@ from lightning_vlm.checkpoint import hf_export
 from lightning_vlm.checkpoint.hf_import import import_weights
 from lightning_vlm.checkpoint.opening import open_pretrained, planned_model
 from lightning_vlm.checkpoint.release import Release, release
+from lightning_vlm.checkpoint.shards import _Plain
 from lightning_vlm.checkpoint.trained import find_checkpoint, open_trained
 from lightning_vlm.checkpoint.weight_files import WeightFiles
 from lightning_vlm.cli import main
@@ -187,11 +189,21 @@ def test_metadata_of_shards_runs_no_code(make_theirs, tmp_path):
     dcp.save({"state_dict": {"model.a": torch.ones(3)}}, checkpoint_id=tmp_path / "shards", no_dist=True)
     torch.save({}, tmp_path / "shards" / "meta.pt")
     assert torch.equal(open_trained(tmp_path / "shards")["a"], torch.ones(3))
-    (tmp_path / "shards" / ".metadata").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    with pytest.raises(
-        DataError, match=r"cannot be read as plain data \(posix.system is no part|\(os.system is no part"
+    for content, reason in (
+        (b"cos\nsystem\n(S'touch ran'\ntR.", "(posix|os).system is no part of a checkpoint"),
+        (b"cbuiltins\ngetattr\n(ctorch\nSize\nS'__class__'\ntR.", "__class__ of .* is no part of a checkpoint"),
     ):
-        open_trained(tmp_path / "shards")
+        (tmp_path / "shards" / ".metadata").write_bytes(content)
+        with pytest.raises(DataError, match=rf"cannot be read as plain data \({reason}"):
+            open_trained(tmp_path / "shards")
+
+
+def test_members_of_enums_are_read_as_every_python_writes_them(tmp_path):
+    name = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+    for member in (b"cbuiltins\ngetattr\n(" + name + b"S'TORCH_CHANNELS_LAST'\ntR.", name + b"(I1\ntR."):
+        (tmp_path / ".metadata").write_bytes(member)
+        with (tmp_path / ".metadata").open("rb") as file:
+            assert _Plain(file).load() is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
 
 
 def test_a_model_without_a_base_has_the_released_names(make_model, tmp_path):
@@ -401,3 +413,28 @@ def test_adapters_of_a_full_run_are_refused(base, fit, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--verify"])
     assert ended.value.code == 2
+
+
+def test_a_layer_scale_that_does_something_is_not_left_out_in_silence(base, fit, tmp_path):
+    checkpoint = fit(base)
+    content = torch.load(checkpoint, weights_only=True)
+    name = "model.vision_model.encoder.layer.1.layer_scale2.lambda1"
+    content["state_dict"][name][5] = 0.9
+    torch.save(content, checkpoint)
+    with pytest.raises(
+        DataError, match=r"layer.1.layer_scale2.lambda1 is not 1 everywhere, and the released layout has"
+    ):
+        export(checkpoint, tmp_path / "out")
+    del content["hyper_parameters"]["model_id"]
+    torch.save(content, checkpoint)
+    with pytest.raises(DataError, match="is not 1 everywhere"):
+        export(checkpoint, tmp_path / "out")
+
+
+def test_counters_of_the_sound_tower_are_written_without_a_base_too(make_model, tmp_path):
+    model = make_model(pattern="M*", vocab_size=266, audio_token_id=263)
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": {"config": model.config.to_dict()}}, tmp_path / "a.ckpt")
+    export(tmp_path / "a.ckpt", tmp_path / "out")
+    counters = [t for key, t in WeightFiles(tmp_path / "out").items() if key.endswith("num_batches_tracked")]
+    assert [counter.dtype for counter in counters] == [torch.int64, torch.int64]

@@ -192,8 +192,8 @@ def test_a_module_of_a_part_from_scratch_may_be_missing(nano):
     ("name", "message"),
     [
         ("connector", "the model has no part 'connector'; expected one of vision, projector"),
-        ("audio", "from_scratch names 'audio', but the model has no audio_tower; leave it out"),
-        ("vision.blocks", "from_scratch names 'vision.blocks', but the model has no vision_model.blocks; leave it out"),
+        ("audio", "model.from_scratch: 'audio' is named, but the model has no audio_tower; leave it out"),
+        ("vision.blocks", "'vision.blocks' is named, but the model has no vision_model.blocks; leave it out"),
     ],
 )
 def test_what_the_model_lacks_cannot_be_from_scratch(nano, name, message):

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_vlm import NemotronVL
 from lightning_vlm.models.lora import Lora, adapters_of, add_adapters, without_adapters
 from lightning_vlm.models.parts import parts_of
+from lightning_vlm.schema import DataError
 from lightning_vlm.training.recomputation import recompute_activations
 
 EVERYTHING = Lora(
@@ -82,11 +83,12 @@ def test_wrong_settings_are_told(options, message):
 
 def test_what_the_model_has_not_cannot_have_adapters(make_model):
     model = make_model(pattern="M*-")
-    with pytest.raises(
-        ValueError, match=r"names 'experts', but no layer of M\*- is one; expected some of attention, m"
-    ):
+    message = (
+        r"model\.lora\.language: 'experts' matches nothing, no layer of M\*- is one; name some of attention, mamba"
+    )
+    with pytest.raises(DataError, match=message):
         add_adapters(model, Lora(language=["experts", "mlp"]))
-    with pytest.raises(ValueError, match=r"lora\.audio is 'lora', but the model has no such part; leave it out"):
+    with pytest.raises(DataError, match=r"lora\.audio: 'lora' is for a part that the model has not; leave it out"):
         add_adapters(model, Lora(audio="lora"))
     assert not [m for m in model.modules() if isinstance(m, LoraLayer)]
 

@@ -41,6 +41,27 @@ def test_frozen_parts_are_in_eval_mode_without_gradients_and_the_others_train(ma
         assert all(needs[key] == (name not in frozen and "layer_scale" not in key) for key in needs)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"freeze": ["projector"]},
+            "from_scratch names 'projector', but freeze keeps it random; take projector out of",
+        ),
+        (
+            {"lora": {}},
+            "from_scratch names 'projector', but lora.projector is frozen, which keeps it random; set lora.",
+        ),
+        ({"lora": {"projector": "lora"}}, "from_scratch names 'projector', but lora.projector is lora, which keeps"),
+    ],
+)
+def test_what_is_new_must_be_trained(options, message):
+    with pytest.raises(ValueError, match=message):
+        NemotronVLModule("folder", from_scratch=["projector"], **options)
+    NemotronVLModule("folder", from_scratch=["projector"], lora={"projector": "full"})
+    NemotronVLModule("folder", from_scratch=["vision.embeddings.video_patch_projection"], freeze=["projector"])
+
+
 def test_layer_scale_is_never_trained(make_model):
     model = make_model()
     freeze(model, [])
