@@ -1,7 +1,8 @@
 """Trained weights -> a folder as released: names, files, dtypes and their order as the base model has them.
 
-What was not trained and what the model computes without comes from the base byte by byte, so a model that was imported
-and exported again is the same files. Tensors pass one at a time; the folder appears under its name when it is complete.
+What the model computes without comes from the base byte by byte, and what was not trained goes through a training
+unchanged where its precision holds it, so a model that was imported and exported again is the same files. Tensors pass
+one at a time; the folder appears under its name when it is complete.
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ def import_weights(
         device: Where a model on the meta device is to be; the CPU by default.
 
     Raises:
-        DataError: If a tensor is missing, has another shape, or the model has no place for it; nothing was changed.
-        ValueError: If ``from_scratch`` names what the model does not have.
+        DataError: If a tensor is missing, has another shape, or the model has no place for it, or ``from_scratch``
+            names what the model does not have; nothing was changed.
     """
     new = names_from_scratch(model.state_dict(), from_scratch)
     sources, report = _match(model, files, new)

@@ -121,9 +121,7 @@ def test_an_interrupted_validation_is_saved_as_the_training_was(fit: Callable[..
 
 
 def test_half_precision_is_refused(fit: Callable[..., Any]) -> None:
-    with pytest.raises(
-        StoppingError, match=r"with trainer.precision bf16-true, which would round its steps away; set b"
-    ):
+    with pytest.raises(StoppingError, match=r"with trainer.precision bf16-true, which would round its steps away; set"):
         fit(1, precision="bf16-true")
 
 
