@@ -13,6 +13,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_vlm.models.architecture import few
 from lightning_vlm.models.lora import adapters_of, has_adapters
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.training.movement import have_gradients
@@ -64,9 +65,8 @@ class AdapterCheck(L.Callback):
                 del self._patience[name]
         total = len(self._adapters)
         if idle := [name for name, left in self._patience.items() if left == 0]:
-            shown = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
             raise AdapterError(
-                f"{len(idle)} of {total} adapters got no gradient in {_PATIENCE} steps that reached them: {shown}; "
+                f"{len(idle)} of {total} adapters got no gradient in {_PATIENCE} steps that reached them: {few(idle)}; "
                 "leave their kind of layers out of lora, or look for a kernel that reads the weight past its module"
             )
         if (seen := total - len(self._patience)) != self._seen:

@@ -18,7 +18,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_vlm.checkpoint.atomic_io import AtomicCheckpointIO
 
 
-class RunCheckpoint(ModelCheckpoint):
+class _WholeFiles(ModelCheckpoint):
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Sees to it that files are whole, unless the user chose who writes them."""
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+class RunCheckpoint(_WholeFiles):
     """Saves what a run can continue from.
 
     Args:
@@ -41,11 +49,6 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Sees to it that files are whole, unless the user chose who writes them."""
-        super().setup(trainer, pl_module, stage)
-        _write_whole_files(trainer)
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the end of the run as ``last.ckpt``."""
         if not trainer.fast_dev_run:
@@ -54,7 +57,7 @@ class RunCheckpoint(ModelCheckpoint):
             self.last_model_path = str(path)
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(_WholeFiles):
     """Keeps the checkpoints with the best values of a metric, beside those of `RunCheckpoint`.
 
     Args:
@@ -77,13 +80,3 @@ class BestCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Sees to it that files are whole, unless the user chose who writes them."""
-        super().setup(trainer, pl_module, stage)
-        _write_whole_files(trainer)
-
-
-def _write_whole_files(trainer: L.Trainer) -> None:
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()

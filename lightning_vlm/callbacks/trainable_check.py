@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_vlm.models.architecture import few
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.training.movement import Effect, effects_of_step, fingerprints, parameters_at_rest
 from lightning_vlm.training.parameter_table import groups_of, name_of, parameter_table, table_text, table_values
@@ -116,7 +117,7 @@ class TrainableCheck(L.Callback):
         step = trainer.global_step
         if wrong := [one.name for one, effect in zip(now, effects) if one.group is None and effect.moved]:
             raise TrainableError(
-                f"step {step} moved {_some(wrong)}, which {'is' if len(wrong) == 1 else 'are'} frozen; expected "
+                f"step {step} moved {few(wrong)}, which {'is' if len(wrong) == 1 else 'are'} frozen; expected "
                 "frozen parameters to stay as they were: look for a callback or an optimizer that writes to them, or "
                 "take their part out of freeze"
             )
@@ -156,8 +157,8 @@ class TrainableCheck(L.Callback):
         if wrong:
             names = [name for group in wrong for name in tallies[group].names]
             raise TrainableError(
-                f"{_some([repr(name) for name in wrong])} got no gradient by step {step}, in none of its tensors "
-                f"({_some(names)}), although the step reached it; expected every trainable group to move: look for "
+                f"{few([repr(name) for name in wrong])} got no gradient by step {step}, in none of its tensors "
+                f"({few(names)}), although the step reached it; expected every trainable group to move: look for "
                 "what detaches it from the loss, or freeze it"
             )
 
@@ -177,7 +178,7 @@ class TrainableCheck(L.Callback):
         text += f"; all {resting} frozen ones stayed" if resting else ""
         text += f"; not reached yet or not seen to move: {', '.join(waiting)}" if waiting else ""
         still = [name for group in done for name in tallies[group].undriven]
-        text += f"; without a gradient: {_some(still)}" if still else ""
+        text += f"; without a gradient: {few(still)}" if still else ""
         rank_zero_info(text)
 
 
@@ -209,8 +210,3 @@ def _loss_scale(trainer: L.Trainer) -> float | None:
     """Of float16 training: a step whose gradients overflow is left out, and the scale lowered."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return None if scaler is None else float(scaler.get_scale())
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

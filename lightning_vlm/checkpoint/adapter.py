@@ -16,21 +16,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_vlm.checkpoint.layout import places
-from lightning_vlm.checkpoint.merged import lora_of
 from lightning_vlm.checkpoint.trained import TrainedWeights
-from lightning_vlm.models.lora import Adapter, without_adapters
+from lightning_vlm.models.lora import Adapter, Lora, without_adapters
 from lightning_vlm.models.parts import PARTS
 from lightning_vlm.schema import DataError
 
 _PREFIX = "base_model.model."  # of peft's files
 
 
-def write_adapter(folder: Path, trained: TrainedWeights, adapters: list[Adapter]) -> int:
+def write_adapter(folder: Path, trained: TrainedWeights, lora: Lora, adapters: list[Adapter]) -> int:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Args:
         folder: Where to.
         trained: The checkpoint.
+        lora: Settings of its run.
         adapters: In it.
 
     Returns:
@@ -39,9 +39,7 @@ def write_adapter(folder: Path, trained: TrainedWeights, adapters: list[Adapter]
     Raises:
         DataError: If more was trained than adapters of matrices can hold.
     """
-    lora = lora_of(trained)
-    assert lora is not None
-    _check_holds_all(trained, adapters)
+    _check_holds_all(trained, lora, adapters)
     grouped: dict[str, list[tuple[int, Adapter]]] = {}
     for adapter in adapters:
         name = without_adapters(adapter.base)
@@ -78,9 +76,7 @@ def _joined(trained: Mapping[str, Tensor], parts: list[Adapter]) -> tuple[Tensor
     return torch.cat(a).contiguous(), (torch.block_diag(*b) if len(b) > 1 else b[0]).contiguous()
 
 
-def _check_holds_all(trained: TrainedWeights, adapters: list[Adapter]) -> None:
-    lora = lora_of(trained)
-    assert lora is not None
+def _check_holds_all(trained: TrainedWeights, lora: Lora, adapters: list[Adapter]) -> None:
     full = [name for name in PARTS if lora.how(name) == "full"]
     new = trained.hyperparameters.get("from_scratch") or []
     stacked = any(adapter.num_experts is not None for adapter in adapters)

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -41,6 +42,9 @@ from lightning_vlm.schema import DataError
 
 SHARD_BYTES = 5_000_000_000
 """Of a file, where no base says how weights are split; transformers' default."""
+
+_KEPT = 2
+"""Trained tensors that stay in memory: those of experts are asked for expert after expert, of two projections."""
 
 _EXPORTED = (CONFIG_NAME, "adapter_config.json")  # one of them is in every folder that was exported
 
@@ -128,12 +132,16 @@ def write_weights(folder: Path, plan: WeightPlan, trained: Mapping[str, Tensor],
     if free < plan.num_bytes:
         raise _no_space(folder, f"{free / 1e9:.2f} GB are free, the weights take {plan.num_bytes / 1e9:.2f} GB")
 
+    @lru_cache(_KEPT)
+    def whole(name: str) -> Tensor:
+        return trained[name]
+
     def read(entry: Entry) -> Tensor:
         if entry.key not in plan.trained:
             assert base is not None
             return base.read(entry.key)
         parts = [
-            trained[part.name] if part.index is None else trained[part.name][part.index]
+            whole(part.name) if part.index is None else whole(part.name)[part.index]
             for part in plan.trained[entry.key][1]
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -30,6 +30,7 @@ from lightning_vlm.checkpoint.layout import (
     released_shape,
 )
 from lightning_vlm.checkpoint.weight_files import WeightFiles
+from lightning_vlm.models.architecture import few
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.models.parts import PARTS, check_parts
 from lightning_vlm.schema import DataError
@@ -58,9 +59,9 @@ class Import:
     def __str__(self) -> str:
         text = f"weights: {self.tensors:,} tensors, {self.num_bytes / 2**30:.2f} GiB from {self.folder}"
         if self.left_aside:
-            text += f"; left aside: {_examples(self.left_aside)}"
+            text += f"; left aside: {few(self.left_aside)}"
         if self.new:
-            text += f"; made from scratch: {_examples(self.new)}"
+            text += f"; made from scratch: {few(self.new)}"
         return text
 
 
@@ -216,7 +217,3 @@ def _warn_of_normalisation(model: NemotronVL, files: WeightFiles) -> None:
 def _is_quiet(report: Import) -> bool | None:
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     return None if is_first and report.num_bytes > 2**30 else True
-
-
-def _examples(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")

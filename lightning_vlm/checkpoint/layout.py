@@ -7,8 +7,9 @@
     embed_audio.linear_1.weight
         = sound_projection.linear1.weight
 
-Import and export both read it. transformers renames in the same way inside `from_pretrained` and `save_pretrained`; the
-tests hold this table against them. Own, because a rank that holds a shard must know which rows of which file to read.
+Import and export both read it. transformers renames in the same way inside `from_pretrained` and `save_pretrained`, and
+can read shards; the tests hold this table against it. Own, because an export is to give back the base's files, and an
+import to hold the weights once: transformers' peaks at half as much again (`benchmarks/checkpoint.py`).
 """
 
 from __future__ import annotations

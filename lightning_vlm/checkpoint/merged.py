@@ -19,8 +19,6 @@ from lightning_vlm.models.lora import Adapter, Lora, adapters_of, add_adapters, 
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.schema import DataError
 
-_KEPT = 2  # merged tensors in memory: those of experts are asked for expert after expert, of two projections
-
 
 class MergedWeights(TrainedWeights):
     """Trained weights with adapters merged.
@@ -44,18 +42,13 @@ class MergedWeights(TrainedWeights):
         self._adapters = {without_adapters(adapter.base): adapter for adapter in adapters}
         inside = {name for adapter in adapters for name in (adapter.a, adapter.b)}
         self._names = {without_adapters(name): name for name in trained if name not in inside}
-        self._merged: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._trained[self._names[name]]
         if (adapter := self._adapters.get(name)) is None:
             return weight
-        if name not in self._merged:
-            delta = adapter.delta(self._trained[adapter.a], self._trained[adapter.b])
-            self._merged[name] = (weight.float() + delta).to(weight.dtype)
-            while len(self._merged) > _KEPT:
-                del self._merged[next(iter(self._merged))]
-        return self._merged[name]
+        delta = adapter.delta(self._trained[adapter.a], self._trained[adapter.b])
+        return (weight.float() + delta).to(weight.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -78,18 +71,19 @@ def lora_of(trained: TrainedWeights) -> Lora | None:
     return Lora(**options) if options else None
 
 
-def trained_adapters(trained: TrainedWeights, base: Path | None) -> list[Adapter]:
+def trained_adapters(
+    trained: TrainedWeights, lora: Lora, base: Path | None, files: WeightFiles | None
+) -> list[Adapter]:
     """The adapters in a checkpoint.
 
     Args:
         trained: The checkpoint of a LoRA run.
+        lora: Its settings.
         base: Folder of the model it began with.
+        files: The weights in that folder, if it began with them.
     """
-    lora = lora_of(trained)
-    assert lora is not None
     if base is not None:
-        has_weights = trained.hyperparameters.get("init") != "random"
-        model = planned_model(base, WeightFiles(base) if has_weights else None)
+        model = planned_model(base, files)
     else:
         with torch.device("meta"):
             model = NemotronVL(NemotronVLConfig.from_dict(trained.hyperparameters["config"]))

@@ -21,7 +21,7 @@ def model_card(trained: TrainedWeights, title: str, num_bytes: int, notes: Seque
         num_bytes: Of its weights.
         notes: What whoever serves it should know.
     """
-    options, record = trained.hyperparameters, trained.rest.get("callbacks", {}).get("RunRecord", {})
+    options, record = trained.hyperparameters, trained.record
     base = options.get("model_id")
     front = ["---", "pipeline_tag: image-text-to-text", "tags: [lightning-vlm]"]
     if base is not None and is_repository(base):

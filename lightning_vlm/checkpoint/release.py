@@ -77,9 +77,9 @@ def release(
         DataError: If the base is not where it was, does not fit the weights, or the folder cannot be written.
     """
     base = base or _recorded_base(trained)
-    if lora_of(trained) is not None:
-        trained = MergedWeights(trained, trained_adapters(trained, base))
-    files = WeightFiles(base) if base is not None and trained.hyperparameters.get("init") != "random" else None
+    files = _weights_of(base, trained)
+    if (lora := lora_of(trained)) is not None:
+        trained = MergedWeights(trained, trained_adapters(trained, lora, base, files))
     plan = plan_weights(trained, files, dtype)
     result = Release(out, base, len(plan.files), plan.num_bytes)
     with complete_folder(out, overwrite, _sources(trained, base)) as folder:
@@ -109,23 +109,15 @@ def release_adapter(trained: TrainedWeights, out: Path, base: Path | None = None
     Raises:
         DataError: If it was no LoRA run, or more was trained than adapters.
     """
-    if lora_of(trained) is None:
+    if (lora := lora_of(trained)) is None:
         raise DataError(str(trained.path), "it was trained without LoRA", "export without --adapter")
     base = base or _recorded_base(trained)
     result = Release(out, base, 1, 0)
     with complete_folder(out, overwrite, _sources(trained, base)) as folder:
-        result.num_bytes = write_adapter(folder, trained, trained_adapters(trained, base))
+        adapters = trained_adapters(trained, lora, base, _weights_of(base, trained))
+        result.num_bytes = write_adapter(folder, trained, lora, adapters)
         (folder / _CARD).write_text(model_card(trained, out.name, result.num_bytes), encoding="utf-8")
     return result
-
-
-def record_of(trained: TrainedWeights) -> dict[str, Any]:
-    """What `lightning_vlm.callbacks.record.RunRecord` left in a checkpoint; empty where there is none.
-
-    Args:
-        trained: The checkpoint.
-    """
-    return trained.rest.get("callbacks", {}).get("RunRecord", {})
 
 
 def _recorded_base(trained: TrainedWeights) -> Path | None:
@@ -140,6 +132,11 @@ def _recorded_base(trained: TrainedWeights) -> Path | None:
             f"it was trained from {name!r}, which is no folder here ({error.problem})",
             "name that folder with --base",
         ) from error
+
+
+def _weights_of(base: Path | None, trained: TrainedWeights) -> WeightFiles | None:
+    """The weights that a training began with; of a folder, it may have taken the config alone."""
+    return None if base is None or trained.hyperparameters.get("init") == "random" else WeightFiles(base)
 
 
 def _sources(trained: TrainedWeights, base: Path | None) -> list[Path]:
@@ -168,7 +165,7 @@ def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 def _write_processor(trained: TrainedWeights, base: Path | None, folder: Path) -> list[str]:
     """Leaves the base's files where they say what the training did; returns what serving should know."""
     has_tokenizer = (folder / TOKENIZER_CONFIG_FILE).is_file()
-    settings = record_of(trained).get("processor")
+    settings = trained.record.get("processor")
     saved = None
     if base is not None and has_tokenizer and settings is not None:
         with suppress(OSError, ValueError):  # the training had its processor from elsewhere

@@ -26,8 +26,6 @@ _PREFIX = "model."
 """Of the network inside `NemotronVLModule`."""
 _META = "meta.pt"  # where Lightning keeps what is no tensor, beside the shards
 _LAST = "last.ckpt"
-_KEPT = 2
-"""Tensors of shards that stay in memory: those of experts are asked for expert after expert, of two projections."""
 
 
 class TrainedWeights(Mapping[str, Tensor], ABC):
@@ -49,6 +47,11 @@ class TrainedWeights(Mapping[str, Tensor], ABC):
     def hyperparameters(self) -> dict[str, Any]:
         """Of the `NemotronVLModule` that was trained."""
         return self.rest.get("hyper_parameters", {})
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `lightning_vlm.callbacks.record.RunRecord` left; empty where it was not there."""
+        return self.rest.get("callbacks", {}).get("RunRecord", {})
 
 
 class _SingleFile(TrainedWeights):
@@ -80,7 +83,6 @@ class _Shards(TrainedWeights):
         self.rest = _load(path / _META)
         prefix = f"state_dict.{_PREFIX}"
         stored = _plainly(path / ".metadata", lambda: PlainReader(path).read_metadata()).state_dict_metadata
-        self._read: dict[str, Tensor] = {}
         self._stored = {
             key.removeprefix(prefix): entry
             for key, entry in stored.items()
@@ -88,15 +90,10 @@ class _Shards(TrainedWeights):
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._read:
-            return self._read[name]
         entry = self._stored[name]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         state = {"state_dict": {_PREFIX + name: tensor}}
         dcp.load(state, storage_reader=PlainReader(self.path), no_dist=True)
-        self._read[name] = tensor
-        while len(self._read) > _KEPT:
-            del self._read[next(iter(self._read))]
         return tensor
 
     def __iter__(self) -> Iterator[str]:

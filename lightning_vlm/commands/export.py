@@ -1,4 +1,4 @@
-"""``lightning-vlm export``: a checkpoint of a run -> a folder that vLLM and transformers read.
+"""``lightning-vlm export``: a checkpoint of a run -> a folder in the layout of the released checkpoints.
 
 It needs the checkpoint and the model that the training began with, no GPU, no config of the run, and little memory.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lightning_vlm.checkpoint.opening import local_folder
-from lightning_vlm.checkpoint.release import Release, record_of, release, release_adapter
+from lightning_vlm.checkpoint.release import Release, release, release_adapter
 from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.checkpoint.trained import find_checkpoint, open_trained
 from lightning_vlm.checkpoint.verify import verify
@@ -39,7 +39,7 @@ def export(arguments: list[str]) -> int:
     trained = open_trained(checkpoint)
     out = Path(options.out).resolve()
     base = None if options.base is None else local_folder(pretrained_source(options.base, "--base"), "--base")
-    sample = record_of(trained).get("sample")
+    sample = trained.record.get("sample")
     logit = []
     if options.adapter:
         result = release_adapter(trained, out, base, options.overwrite)
@@ -63,7 +63,7 @@ def _told(checkpoint: Path, result: Release) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-vlm export",
-        description="Write a trained model as a folder that vLLM and transformers read.",
+        description="Write a trained model as a folder in the layout of the released checkpoints.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", help="a checkpoint (file or folder of shards), or a run's folder: its last.ckpt")

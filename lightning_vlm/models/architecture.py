@@ -257,6 +257,16 @@ def format_bytes(number: int) -> str:
     return f"{number} B" if units[0] == "B" else f"{size:.2f} {units[0]}"
 
 
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, and how many there are besides.
+
+    Args:
+        names: At least one.
+        most: How many are named.
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
 def aligned(rows: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> str:
     """Rows as lines with aligned columns.
 

@@ -26,6 +26,7 @@ from transformers import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V
 from lightning_vlm import NemotronVL, NemotronVLConfig, NemotronVLModule, VLMDataModule
 from lightning_vlm.checkpoint import hf_export
 from lightning_vlm.checkpoint.hf_import import import_weights
+from lightning_vlm.checkpoint.merged import MergedWeights
 from lightning_vlm.checkpoint.opening import open_pretrained, planned_model
 from lightning_vlm.checkpoint.release import Release, release
 from lightning_vlm.checkpoint.shards import _Plain
@@ -438,3 +439,16 @@ def test_counters_of_the_sound_tower_are_written_without_a_base_too(make_model, 
     export(tmp_path / "a.ckpt", tmp_path / "out")
     counters = [t for key, t in WeightFiles(tmp_path / "out").items() if key.endswith("num_batches_tracked")]
     assert [counter.dtype for counter in counters] == [torch.int64, torch.int64]
+
+
+def test_a_stack_of_experts_is_merged_once_for_each_file(make_theirs, fit, tmp_path, monkeypatch):
+    base = tmp_path / "omni"
+    write_omni(base, make_theirs("ME*-", sound=True))
+    checkpoint = fit(base, lora={"language": ["experts"], "rank": 2})
+    reads: list[str] = []
+    read = MergedWeights.__getitem__
+    monkeypatch.setattr(MergedWeights, "__getitem__", lambda self, name: reads.append(name) or read(self, name))
+    export(checkpoint, tmp_path / "out")
+    stacks = [name for name in reads if name.endswith(("experts.up_proj", "experts.down_proj"))]
+    assert len(WeightFiles(base).files) == 2
+    assert 2 <= len(stacks) <= 4, "two stacks of four experts in two files"
