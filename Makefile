@@ -36,7 +36,8 @@ demo: data/digits/.written  ## Train on digits, evaluate on held-out scans, leav
 	@echo "Open $(RUN)/predictions_test.html"
 
 test: $(VENV)/.installed  ## Run the tests
-	$(BIN)/python -m pytest
+	@# two processes of one thread each: the suite's tensors are tiny, and threads only get in each other's way
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 lint: $(VENV)/.installed  ## Style and types
 	$(BIN)/ruff check .

@@ -87,6 +87,7 @@ def import_weights(
         model.to_empty(device=device or "cpu")
     state = model.state_dict(keep_vars=True)
     jobs = [(state[name], name, found) for name, found in sources.items()]
+    _open_thread_pool()
     with (
         tqdm(total=report.num_bytes, unit="B", unit_scale=True, desc="weights", disable=_is_quiet(report)) as bar,
         ThreadPoolExecutor(_THREADS) as pool,
@@ -95,6 +96,15 @@ def import_weights(
             bar.update(num_bytes)
     mark_loaded(model, sources)
     return report
+
+
+def _open_thread_pool() -> None:
+    """Lets PyTorch open its own pool of threads here, before threads of ours race to be the first.
+
+    In a forked process (ranks that a notebook launches) the pool of the parent is replaced at the first use, and two
+    threads that come at once fail with "Invalid thread pool!".
+    """
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def mark_loaded(model: NemotronVL, names: Iterable[str]) -> None:
