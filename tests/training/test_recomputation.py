@@ -35,7 +35,7 @@ def recomputes(model: NemotronVL) -> set[str]:
         (["vision"], {"vision"}),
         (["language", "audio"], {"language", "audio"}),
     ],
-    ids=str,
+    ids=["none", "all", "one", "two"],
 )
 def test_the_parts_that_were_named_recompute_and_nothing_changes(wanted, expected):
     turns = (Turn("user", (ImageRef(0), AudioRef(0), Text("a?"))), Turn("assistant", (Text("b"),)))
