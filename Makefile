@@ -37,7 +37,7 @@ demo: data/digits/.written  ## Train on digits, evaluate on held-out scans, leav
 
 test: $(VENV)/.installed  ## Run the tests
 	@# two processes of one thread each: the suite's tensors are tiny, and threads only get in each other's way
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.installed  ## Style and types
 	$(BIN)/ruff check .

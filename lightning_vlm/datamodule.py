@@ -35,6 +35,7 @@ from lightning_vlm.media.load import MediaPolicy
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import DataError, Sample
 from lightning_vlm.sources.open import group_names, weights_of
+from lightning_vlm.strategies.ranks import data_ranks
 
 
 class VLMDataModule(L.LightningDataModule):
@@ -386,9 +387,8 @@ class VLMDataModule(L.LightningDataModule):
         return state is not None and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
 
     def _ranks(self) -> tuple[int, int]:
-        """Number of data-parallel ranks and this one's; (1, 0) without a Trainer."""
-        ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) if self.trainer else None
-        return (ranks["num_replicas"], ranks["rank"]) if ranks else (1, 0)
+        """Number of data-parallel ranks and this one's."""
+        return data_ranks(self.trainer)
 
     def _pins_memory(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

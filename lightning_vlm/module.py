@@ -15,7 +15,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import ModuleDict
 
@@ -24,25 +24,26 @@ from lightning_vlm.callbacks.isolation import IsolationProbe
 from lightning_vlm.callbacks.ledger import EpochLedger
 from lightning_vlm.callbacks.record import RunRecord
 from lightning_vlm.callbacks.trainable_check import TrainableCheck
-from lightning_vlm.checkpoint.opening import local_folder, make_config, open_pretrained, open_random
-from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.fusion import FusionError
-from lightning_vlm.models.lora import Coverage, Lora, add_adapters
+from lightning_vlm.models.lora import Coverage, Lora
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.models.parts import check_parts
+from lightning_vlm.network import build_network
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import DataError, VLMBatch, file_of
-from lightning_vlm.training.freezing import check_new_is_trained, freeze
+from lightning_vlm.strategies.ranks import data_ranks
+from lightning_vlm.training.freezing import check_new_is_trained
 from lightning_vlm.training.generation import generate_answers
+from lightning_vlm.training.gradients import gradient_norm
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
 from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens
 from lightning_vlm.training.optim import OptimizerName, count_steps, warmup_cosine
 from lightning_vlm.training.optimizers import check_optimizer, make_optimizer, require_optimizer
 from lightning_vlm.training.pairing import pair
 from lightning_vlm.training.reached import ReachedMedia
-from lightning_vlm.training.recomputation import check_recomputed, recompute_activations
+from lightning_vlm.training.recomputation import check_recomputed
 from lightning_vlm.training.resume import move_progress, reopen_epoch, rewind_to_last_step
 
 
@@ -126,6 +127,7 @@ class NemotronVLModule(L.LightningModule):
         self.scores = ModuleDict()
         self._groups: dict[str, str] = {}  # file -> name of its score group
         self._step_loss: Tensor | None = None
+        self._gradient_norm: Tensor | None = None  # before clipping
         self.reached = ReachedMedia()
         self._applied = (0, 0)  # epoch, and batches of it whose gradient is in the weights
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
@@ -134,28 +136,10 @@ class NemotronVLModule(L.LightningModule):
         """Makes the network, once."""
         if self.model is not None:
             return
-        options = self.hparams
-        if options.config is not None:
-            model = NemotronVL(make_config("model.config", options.config))
-        else:
-            folder = local_folder(pretrained_source(options.model_id, "model.model_id"))
-            if options.init == "random":
-                model = open_random(folder)
-            else:
-                model, report = open_pretrained(folder, options.from_scratch or [], torch.get_default_device())
-                rank_zero_info(str(report))
-        model.train()
-        recompute_activations(model, options.gradient_checkpointing)
-        model.vision_model.micro_batch = options.vision_micro_batch
-        if options.lora is not None:
-            self.coverage = add_adapters(model, Lora(**options.lora))
-            rank_zero_info(str(self.coverage))
-            for warning in self.coverage.warnings():
-                rank_zero_warn(warning)
-        freeze(model, options.freeze or [])
-        self.model = model
+        strategy = None if self._trainer is None else self.trainer.strategy
+        self.model, self.coverage = build_network(self.hparams, strategy)
         if self.processor is not None:
-            pair(model.config, self.processor)
+            pair(self.model.config, self.processor)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run brings: documents are isolated, what trains moves, no sample is lost, exports know the run."""
@@ -206,6 +190,20 @@ class NemotronVLModule(L.LightningModule):
         """Loss of one micro-batch, as its share of the whole step's mean.
 
         Raises:
+            ValueError: See `begin_micro_batch`.
+        """
+        label_tokens = self.begin_micro_batch(batch)
+        loss_sum = self._loss_sum(batch)
+        self.add_loss(loss_sum.detach() / label_tokens.to(loss_sum.device, loss_sum.dtype))
+        return divide_loss(loss_sum, label_tokens, self.trainer.accumulate_grad_batches, data_ranks(self.trainer)[0])
+
+    def begin_micro_batch(self, batch: VLMBatch) -> Tensor:
+        """Enters a micro-batch; returns the label tokens of its whole step over all ranks, a float64 scalar.
+
+        Args:
+            batch: The micro-batch.
+
+        Raises:
             ValueError: If the batch does not know the label tokens of its step.
         """
         if batch.step_label_tokens < batch.num_label_tokens:
@@ -213,27 +211,41 @@ class NemotronVLModule(L.LightningModule):
                 f"a batch with {batch.num_label_tokens} label tokens says that its whole optimizer step has "
                 f"{batch.step_label_tokens}; load it with VLMDataModule, or set batch.step_label_tokens to their sum"
             )
-        label_tokens = step_label_tokens(batch.step_label_tokens, self.device)
         self.reached.add(batch)
-        loss_sum = self._loss_sum(batch)
-        share = loss_sum.detach() / label_tokens.to(loss_sum.device, loss_sum.dtype)
+        return step_label_tokens(batch.step_label_tokens, self.device, self.trainer.strategy.reduce)
+
+    def add_loss(self, share: Tensor) -> None:
+        """Adds to the loss of the step that is under way.
+
+        Args:
+            share: Scalar: sum of some token losses, divided by the label tokens of the whole step.
+        """
         self._step_loss = share if self._step_loss is None else self._step_loss + share
-        return divide_loss(loss_sum, label_tokens, self.trainer.accumulate_grad_batches, self.trainer.world_size)
 
     def on_train_batch_start(self, batch: VLMBatch, batch_idx: int) -> None:
         """Makes random numbers (dropout) a function of the position, so a resumed run draws the same ones."""
-        position = (self._seed, self.current_epoch, batch_idx, self.global_rank)
+        position = (self._seed, self.current_epoch, batch_idx, data_ranks(self.trainer)[1])
         torch.manual_seed(hash(position) % 2**63)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leaves alone what no medium reached; logs the step's loss and the norm of its gradient before clipping."""
         self.reached.leave_unreached_alone(self.network, self.device)
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients), prog_bar=False)
+        stages = getattr(self.trainer.strategy, "stage_group", None)
+        self._gradient_norm = gradient_norm(self.parameters(), self.device, stages)
+        self.log("train/grad_norm", self._gradient_norm, prog_bar=False)
         if self._step_loss is not None:
             loss = self.trainer.strategy.reduce(self._step_loss, reduce_op="sum")
             self.log("train/loss", loss, prog_bar=True)
             self._step_loss = None
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips by the norm of the whole gradient, wherever its parts are; by value as Lightning does."""
+        if not gradient_clip_val or gradient_clip_val < 0 or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self._gradient_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._gradient_norm)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None

@@ -25,6 +25,7 @@ STEPS = {
     **dict.fromkeys(("data", "training", "strategies", "checkpoint"), 3),
     "automodel": 4,
     "datamodule": 5,
+    "network": 5,
     "callbacks": 6,
     "module": 7,
     "commands": 8,

@@ -16,6 +16,7 @@ from torch import nn
 from lightning_vlm.models.architecture import few
 from lightning_vlm.models.lora import adapters_of, has_adapters
 from lightning_vlm.models.nemotron_vl import NemotronVL
+from lightning_vlm.strategies.ranks import from_stages, parameter_group
 from lightning_vlm.training.movement import have_gradients
 from lightning_vlm.training.reached import ReachedMedia
 
@@ -32,7 +33,7 @@ class AdapterCheck(L.Callback):
     def __init__(self) -> None:
         self._adapters: dict[str, nn.Parameter] = {}  # by the name of the weight it is on
         self._patience: dict[str, int] = {}  # of those that wait
-        self._step = self._seen = 0
+        self._step = self._seen = self._total = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lists the adapters."""
@@ -40,7 +41,9 @@ class AdapterCheck(L.Callback):
         self._adapters, self._step, self._seen = {}, trainer.global_step, 0
         if isinstance(network, NemotronVL) and has_adapters(network):
             self._adapters = {adapter.base: network.get_parameter(adapter.b) for adapter in adapters_of(network)}
-        self._patience = dict.fromkeys(self._adapters, _PATIENCE)
+        names = [name for stage in from_stages(trainer, list(self._adapters)) for name in stage]
+        self._patience = dict.fromkeys(names, _PATIENCE)
+        self._total = len(names)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,14 +59,15 @@ class AdapterCheck(L.Callback):
         reached = getattr(pl_module, "reached", None)
         unreached = reached.unreached if isinstance(reached, ReachedMedia) else frozenset()
         now = {name: factor for name, factor in self._adapters.items() if id(factor) not in unreached}
-        found = dict(zip(now, have_gradients(list(now.values()), pl_module.device)))
+        flags = have_gradients(list(now.values()), pl_module.device, parameter_group(trainer))
+        found = {name: flag for stage in from_stages(trainer, dict(zip(now, flags))) for name, flag in stage.items()}
         if not any(found.values()):
             return  # a step without a label
         for name in found.keys() & self._patience.keys():
             self._patience[name] -= 1
             if found[name]:
                 del self._patience[name]
-        total = len(self._adapters)
+        total = self._total
         if idle := [name for name, left in self._patience.items() if left == 0]:
             raise AdapterError(
                 f"{len(idle)} of {total} adapters got no gradient in {_PATIENCE} steps that reached them: {few(idle)}; "

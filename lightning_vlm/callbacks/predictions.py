@@ -26,6 +26,7 @@ from lightning_vlm.data.preview_sound import draw_spectrogram
 from lightning_vlm.media.frames import patches_to_frames
 from lightning_vlm.media.image import patches_to_pixels
 from lightning_vlm.schema import VLMBatch, file_of
+from lightning_vlm.strategies.ranks import data_ranks
 from lightning_vlm.training.metrics import SCORES
 
 MOST_FRAMES = 4
@@ -122,8 +123,8 @@ class PredictionTable(L.Callback):
         lines = self._lines
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, lines)
-            lines = [line for part in gathered for line in part]
+            torch.distributed.all_gather_object(gathered, (data_ranks(trainer)[1], lines))
+            lines = [line for part in dict(gathered).values() for line in part]  # ranks with the same data: once
         if trainer.is_global_zero:
             path = self._path(trainer, "predictions.jsonl")
             lines.sort(key=lambda line: _position(line["source"], trainer))

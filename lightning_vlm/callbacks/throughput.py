@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 
 from lightning_vlm.schema import VLMBatch
+from lightning_vlm.strategies.ranks import data_ranks
 
 
 class Throughput(L.Callback):
@@ -50,10 +51,11 @@ class Throughput(L.Callback):
             return
         self._logged_step = step
         elapsed = now - self._window_start
+        ranks, _ = data_ranks(trainer)
         pl_module.log_dict(
             {
-                "perf/tokens_per_s": self._tokens * trainer.world_size / elapsed,
-                "perf/images_per_s": self._images * trainer.world_size / elapsed,
+                "perf/tokens_per_s": self._tokens * ranks / elapsed,
+                "perf/images_per_s": self._images * ranks / elapsed,
                 "perf/data_wait_frac": self._wait_s / elapsed,
             },
             on_step=True,

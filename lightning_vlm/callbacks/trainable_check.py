@@ -20,8 +20,16 @@ from torch.optim import Optimizer
 
 from lightning_vlm.models.architecture import few
 from lightning_vlm.models.nemotron_vl import NemotronVL
+from lightning_vlm.strategies.ranks import from_stages, parameter_group
 from lightning_vlm.training.movement import Effect, effects_of_step, fingerprints, parameters_at_rest
-from lightning_vlm.training.parameter_table import groups_of, name_of, parameter_table, table_text, table_values
+from lightning_vlm.training.parameter_table import (
+    groups_of,
+    join_rows,
+    name_of,
+    parameter_table,
+    table_text,
+    table_values,
+)
 from lightning_vlm.training.reached import ReachedMedia
 
 _PATIENCE = 3  # steps: the media of one may all stand after its labels, which gives them a gradient of zero
@@ -49,6 +57,7 @@ class TrainableCheck(L.Callback):
 
     def _forget(self) -> None:
         self._watched: list[_Watched] = []
+        self._watching = False  # here, or on another stage of a pipeline
         self._rates: dict[str, float] = {}
         self._scale: float | None = None
         self._undriven: dict[str, int] = {}  # group -> steps that reached it and gave it no gradient
@@ -62,7 +71,8 @@ class TrainableCheck(L.Callback):
         if not isinstance(network, NemotronVL):
             return
         parameters = parameters_at_rest(network)
-        rows = parameter_table(network, parameters, trainer.optimizers)
+        tables = from_stages(trainer, parameter_table(network, parameters, trainer.optimizers))
+        rows = tables[0] if len(tables) == 1 else join_rows(tables)
         rank_zero_info(table_text(rows))
         for logger in trainer.loggers:
             logger.log_hyperparams({"parameters": table_values(rows)})
@@ -78,10 +88,11 @@ class TrainableCheck(L.Callback):
             _Watched(name, parameter, groups[id(parameter)] if parameter.requires_grad else None, number)
             for (name, parameter), number in zip(watched.items(), before)
         ]
+        self._watching = any(from_stages(trainer, bool(self._watched)))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Notes the learning rates of the step: the schedule has moved on when it can be looked at."""
-        if self._watched:
+        if self._watching:
             all_groups = groups_of(trainer.optimizers)
             self._rates = {name_of(group, number): float(group["lr"]) for number, (_, group) in enumerate(all_groups)}
             self._scale = _loss_scale(trainer)
@@ -110,29 +121,35 @@ class TrainableCheck(L.Callback):
             for one in self._watched
             if one.group is None or (rates.get(one.group) and id(one.parameter) not in unreached)
         ]
-        if not now:
-            return
-        parameters = [one.parameter for one in now]
-        effects = effects_of_step(parameters, torch.stack([one.before for one in now]))
-        step = trainer.global_step
-        if wrong := [one.name for one, effect in zip(now, effects) if one.group is None and effect.moved]:
+        before = torch.stack([one.before for one in now]) if now else torch.zeros(0)
+        effects = effects_of_step([one.parameter for one in now], before, parameter_group(trainer))
+        peaks = {
+            name_of(group, number): float(group.get("initial_lr", group["lr"]))
+            for number, (_, group) in enumerate(groups_of(trainer.optimizers))
+        }
+        own = [_Seen(one.name, one.group, str(one.parameter.dtype), effect) for one, effect in zip(now, effects)]
+        seen: list[_Seen] = []
+        for theirs, their_rates, their_peaks in from_stages(trainer, (own, rates, peaks)):
+            seen, rates, peaks = [*seen, *theirs], rates | their_rates, peaks | their_peaks
+        if seen:
+            self._judge(trainer.global_step, seen, rates, peaks)
+        self._watching = any(from_stages(trainer, bool(self._watched)))
+
+    def _judge(self, step: int, seen: Sequence[_Seen], rates: dict[str, float], peaks: dict[str, float]) -> None:
+        if wrong := [one.name for one in seen if one.group is None and one.effect.moved]:
             raise TrainableError(
                 f"step {step} moved {few(wrong)}, which {'is' if len(wrong) == 1 else 'are'} frozen; expected "
                 "frozen parameters to stay as they were: look for a callback or an optimizer that writes to them, or "
                 "take their part out of freeze"
             )
         tallies: dict[str, _Tally] = {}
-        for one, effect in zip(now, effects):
+        for one in seen:
             if one.group is not None:
-                tallies.setdefault(one.group, _Tally()).add(one, effect)
+                tallies.setdefault(one.group, _Tally()).add(one)
         self._any_driven |= any(tally.driven for tally in tallies.values())
         if not self._any_driven:
             return  # a step without a label, or a strategy that keeps gradients elsewhere
         self._refuse_undriven(step, tallies)
-        peaks = {
-            name_of(group, number): float(group.get("initial_lr", group["lr"]))
-            for number, (_, group) in enumerate(groups_of(trainer.optimizers))
-        }
         done = []
         for name, tally in tallies.items():
             if tally.moved and tally.driven:
@@ -144,7 +161,7 @@ class TrainableCheck(L.Callback):
                     f"for {tally.dtypes}, and its updates are rounded away; set a larger one, or keep the weights in "
                     "float32 (trainer.precision: bf16-mixed)"
                 )
-        self._report(step, tallies, done)
+        self._report(step, tallies, done, sum(one.group is None for one in seen))
         self._watched = [one for one in self._watched if one.group is not None and one.group not in done]
 
     def _refuse_undriven(self, step: int, tallies: dict[str, _Tally]) -> None:
@@ -162,7 +179,7 @@ class TrainableCheck(L.Callback):
                 "what detaches it from the loss, or freeze it"
             )
 
-    def _report(self, step: int, tallies: dict[str, _Tally], done: Sequence[str]) -> None:
+    def _report(self, step: int, tallies: dict[str, _Tally], done: Sequence[str], resting: int) -> None:
         waiting = sorted({one.group for one in self._watched if one.group is not None} - set(done))
         if not done and waiting == self._waiting:
             return
@@ -173,13 +190,22 @@ class TrainableCheck(L.Callback):
             count[0] += tallies[name].moved
             count[1] += len(tallies[name].names)
         parts = [f"{moved} of {number} tensors of {part}" for part, (moved, number) in counts.items()]
-        resting = sum(one.group is None for one in self._watched)
         text = f"step {step} moved {', '.join(parts) or 'nothing that it had not moved before'}"
         text += f"; all {resting} frozen ones stayed" if resting else ""
         text += f"; not reached yet or not seen to move: {', '.join(waiting)}" if waiting else ""
         still = [name for group in done for name in tallies[group].undriven]
         text += f"; without a gradient: {few(still)}" if still else ""
         rank_zero_info(text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What is told of a watched parameter."""
+
+    name: str
+    group: str | None
+    dtype: str
+    effect: Effect
 
 
 class _Tally:
@@ -196,12 +222,13 @@ class _Tally:
     def dtypes(self) -> str:
         return " and ".join(sorted(self._dtypes))
 
-    def add(self, one: _Watched, effect: Effect) -> None:
+    def add(self, one: _Seen) -> None:
+        effect = one.effect
         self.names.append(one.name)
         self.moved += effect.moved
         self.driven += effect.driven
         self.in_graph |= effect.in_graph
-        self._dtypes.add(str(one.parameter.dtype).removeprefix("torch."))
+        self._dtypes.add(one.dtype.removeprefix("torch."))
         if not effect.driven and ".lora_A." not in one.name:  # theirs is zero until lora_B has moved
             self.undriven.append(one.name)
 

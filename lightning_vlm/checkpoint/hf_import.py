@@ -11,13 +11,15 @@ import os
 import warnings
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from lightning_vlm.checkpoint.differences import Difference, differences_error
 from lightning_vlm.checkpoint.layout import (
@@ -31,6 +33,7 @@ from lightning_vlm.checkpoint.layout import (
 )
 from lightning_vlm.checkpoint.weight_files import WeightFiles
 from lightning_vlm.models.architecture import few
+from lightning_vlm.models.lora import without_adapters
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.models.parts import PARTS, check_parts
 from lightning_vlm.schema import DataError
@@ -65,6 +68,70 @@ class Import:
         return text
 
 
+@dataclass(slots=True)
+class ImportPlan:
+    """Which tensors of the files go where. Made of the whole model, carried out after it is adapted, sharded or cut.
+
+    Attributes:
+        files: The weights.
+        sources: Where each tensor of the model is read from.
+        values: Of tensors that no file holds: new parts, and adapters that are added afterwards.
+        report: What is read.
+    """
+
+    files: WeightFiles
+    sources: dict[str, list[tuple[str, Place]]]
+    values: dict[str, Tensor]
+    report: Import
+
+    def fill(self, model: NemotronVL, device: torch.device | None = None) -> Import:
+        """Fills a model in place: all that it still has, and of that what this rank holds.
+
+        Args:
+            model: On the meta device or not, whole, sharded or cut, with adapters or without; its dtypes stay.
+            device: Where a model on the meta device is to be; the CPU by default.
+        """
+        if any(tensor.is_meta for tensor in model.state_dict().values()):
+            model.to_empty(device=device or "cpu")
+        state = model.state_dict(keep_vars=True)
+        names = {name: without_adapters(name) for name in state}
+        jobs = [(state[name], name, self.sources[own]) for name, own in names.items() if own in self.sources]
+        _open_thread_pool()
+        report = self.report
+        with (
+            tqdm(total=report.num_bytes, unit="B", unit_scale=True, desc="weights", disable=_is_quiet(report)) as bar,
+            ThreadPoolExecutor(_THREADS) as pool,
+        ):
+            for num_bytes in pool.map(lambda job: _fill(self.files, *job), jobs):
+                bar.update(num_bytes)
+        for name in (made := [name for name, own in names.items() if own in self.values]):
+            local, start = _held(name, state[name])
+            value = self.values[names[name]]
+            for dim, first in enumerate(start):
+                value = value.narrow(dim, first, local.shape[dim])
+            local.copy_(value)
+        mark_loaded(model, [*made, *(name for _, name, _ in jobs)])
+        return report
+
+
+def plan_import(model: NemotronVL, files: WeightFiles, from_scratch: Collection[str] = ()) -> ImportPlan:
+    """Finds each tensor of a model in released files, before a byte of them is read.
+
+    Args:
+        model: Whole, without adapters; on the meta device or not.
+        files: The weights.
+        from_scratch: Parts, or modules of parts (``vision.embeddings.video_patch_projection``), that get new random
+            weights whatever the files hold.
+
+    Raises:
+        DataError: If a tensor is missing, has another shape, or the model has no place for it, or ``from_scratch``
+            names what the model does not have.
+    """
+    new = names_from_scratch(model.state_dict(), from_scratch)
+    sources, report = _match(model, files, new)
+    return ImportPlan(files, sources, _random_values(model, new), report)
+
+
 def import_weights(
     model: NemotronVL, files: WeightFiles, from_scratch: Collection[str] = (), device: torch.device | None = None
 ) -> Import:
@@ -73,29 +140,13 @@ def import_weights(
     Args:
         model: On the meta device or not, whole or sharded; its dtypes stay.
         files: The weights.
-        from_scratch: Parts, or modules of parts (``vision.embeddings.video_patch_projection``), that get new random
-            weights whatever the files hold.
+        from_scratch: See `plan_import`.
         device: Where a model on the meta device is to be; the CPU by default.
 
     Raises:
-        DataError: If a tensor is missing, has another shape, or the model has no place for it, or ``from_scratch``
-            names what the model does not have; nothing was changed.
+        DataError: See `plan_import`; nothing was changed.
     """
-    new = names_from_scratch(model.state_dict(), from_scratch)
-    sources, report = _match(model, files, new)
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        model.to_empty(device=device or "cpu")
-    state = model.state_dict(keep_vars=True)
-    jobs = [(state[name], name, found) for name, found in sources.items()]
-    _open_thread_pool()
-    with (
-        tqdm(total=report.num_bytes, unit="B", unit_scale=True, desc="weights", disable=_is_quiet(report)) as bar,
-        ThreadPoolExecutor(_THREADS) as pool,
-    ):
-        for num_bytes in pool.map(lambda job: _fill(files, *job), jobs):
-            bar.update(num_bytes)
-    mark_loaded(model, sources)
-    return report
+    return plan_import(model, files, from_scratch).fill(model, device)
 
 
 def _open_thread_pool() -> None:
@@ -185,8 +236,29 @@ def _match(model: NemotronVL, files: WeightFiles, new: set[str]) -> tuple[dict[s
     return sources, report
 
 
-def _fill(files: WeightFiles, tensor: Tensor, name: str, found: list[tuple[str, Place]]) -> int:
-    """Reads what this rank holds of a tensor; returns how many bytes."""
+@torch.no_grad()
+def _random_values(model: NemotronVL, names: set[str]) -> dict[str, Tensor]:
+    """What the model's own initialisation gives tensors, whole and on the CPU: the same for every way to shard them."""
+    owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    values: dict[str, Tensor] = {}
+    for path in sorted({name.rpartition(".")[0] for name in names}):
+        twin = copy(model.get_submodule(path))
+        for kind in ("_parameters", "_buffers"):
+            own = {
+                key: None if value is None else torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                for key, value in getattr(twin, kind).items()
+            }
+            if kind == "_parameters":
+                own = {key: None if value is None else nn.Parameter(value) for key, value in own.items()}
+            object.__setattr__(twin, kind, own)
+            values |= {f"{path}.{key}": value.detach() for key, value in own.items() if value is not None}
+        owner = max((name for name in owners if f"{path}.".startswith(f"{name}." if name else "")), key=len)
+        owners[owner]._init_weights(twin)
+    return {name: values[name] for name in names}
+
+
+def _held(name: str, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What this rank holds of a tensor, and where in the whole it starts."""
     local, start = tensor.detach(), (0,) * tensor.ndim
     if isinstance(local, DTensor):
         shape, offsets = compute_local_shape_and_global_offset(local.shape, local.device_mesh, local.placements)
@@ -195,6 +267,12 @@ def _fill(files: WeightFiles, tensor: Tensor, name: str, found: list[tuple[str, 
             raise NotImplementedError(
                 f"{name} is sharded as {getattr(tensor, 'placements', None)}, of which no region is contiguous"
             )
+    return local, start
+
+
+def _fill(files: WeightFiles, tensor: Tensor, name: str, found: list[tuple[str, Place]]) -> int:
+    """Reads what this rank holds of a tensor; returns how many bytes."""
+    local, start = _held(name, tensor)
     num_bytes = 0
     for key, place in found:
         if place.index is not None:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from lightning_vlm.checkpoint.hf_import import Import, import_weights
+from lightning_vlm.checkpoint.hf_import import Import, ImportPlan, plan_import
 from lightning_vlm.checkpoint.layout import canonical_key
 from lightning_vlm.checkpoint.weight_files import StoredTensor, WeightFiles
 from lightning_vlm.models.config import NemotronVLConfig
@@ -93,6 +93,21 @@ def planned_model(folder: Path, files: WeightFiles | None = None) -> NemotronVL:
     return model
 
 
+def plan_pretrained(folder: Path, from_scratch: Collection[str] = ()) -> tuple[NemotronVL, ImportPlan]:
+    """A model on the meta device, in PyTorch's default dtype, and what fills it with the weights of its folder.
+
+    Args:
+        folder: Of a released model, or one of ours.
+        from_scratch: Parts that get new random weights, see `plan_import`.
+
+    Raises:
+        DataError: If the folder has no config or no weights, or they do not fit.
+    """
+    files = WeightFiles(folder)
+    model = planned_model(folder, files)
+    return model, plan_import(model, files, from_scratch)
+
+
 def open_pretrained(
     folder: Path, from_scratch: Collection[str] = (), device: torch.device | None = None
 ) -> tuple[NemotronVL, Import]:
@@ -100,15 +115,14 @@ def open_pretrained(
 
     Args:
         folder: Of a released model, or one of ours.
-        from_scratch: Parts that get new random weights, see `import_weights`.
+        from_scratch: Parts that get new random weights, see `plan_import`.
         device: Where it is to be; the CPU by default.
 
     Raises:
         DataError: If the folder has no config or no weights, or they do not fit.
     """
-    files = WeightFiles(folder)
-    model = planned_model(folder, files)
-    return model.eval(), import_weights(model, files, from_scratch, device)
+    model, weights = plan_pretrained(folder, from_scratch)
+    return model.eval(), weights.fill(model, device)
 
 
 def open_random(folder: Path) -> NemotronVL:

@@ -120,6 +120,8 @@ def _hidden(model: NemotronVL, samples: Sequence[Sample], device: torch.device) 
         inputs["mm_token_type_ids"] = torch.cat(types)[None]
     if len(samples) > 1:
         inputs["cu_seqlens"] = cu_seqlens_from_lengths([len(sample) for sample in samples])
+    if (staged := getattr(model, "states_before_head", None)) is not None:  # cut into the stages of a pipeline
+        return staged(**{name: value.to(device) for name, value in inputs.items()})[0].float()
     states: list[Tensor] = []
     norm = model.language_model.model.norm_f
     hook = norm.register_forward_hook(lambda module, args, output: states.append(output[0].float()))

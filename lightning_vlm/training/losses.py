@@ -6,24 +6,26 @@ gradient would change with ``accumulate_grad_batches``. Here 8 x 1, 4 x 2 and 1 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 
-def step_label_tokens(local: int, device: torch.device) -> Tensor:
+def step_label_tokens(local: int, device: torch.device, reduce: Callable[..., Tensor] | None = None) -> Tensor:
     """Label tokens of the whole step over all ranks.
 
     Args:
         local: Label tokens of this rank's micro-batches, see `VLMBatch.step_label_tokens`.
         device: Where the sum is taken.
+        reduce: Of the strategy: sums up over the ranks with different samples.
 
     Returns:
         Float64 scalar, at least 1.
     """
     total = torch.tensor(float(local), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total)
+    if reduce is not None:
+        total = reduce(total, reduce_op="sum")
     return total.clamp(min=1.0)
 
 

@@ -74,27 +74,35 @@ def fingerprints(parameters: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack(found) if found else torch.zeros(0, dtype=torch.int64, device=device)
 
 
-def effects_of_step(parameters: Sequence[Tensor], before: Tensor) -> list[Effect]:
+def effects_of_step(
+    parameters: Sequence[Tensor], before: Tensor, group: dist.ProcessGroup | None = None
+) -> list[Effect]:
     """What a step did to parameters, on any rank; the same answer on every rank.
 
     Args:
         parameters: The parameters, the same ones on every rank.
         before: Their `fingerprints`.
+        group: Those ranks; all by default.
     """
+    if not parameters:
+        return []
     moved = fingerprints(parameters, before.device) != before
     in_graph = torch.tensor([parameter.grad is not None for parameter in parameters], device=before.device)
-    flags = _on_any_rank(torch.stack([moved, in_graph, _driven(parameters, before.device)]))
+    flags = _on_any_rank(torch.stack([moved, in_graph, _driven(parameters, before.device)]), group)
     return [Effect(*column) for column in flags.T.tolist()]
 
 
-def have_gradients(parameters: Sequence[Tensor], device: torch.device) -> list[bool]:
+def have_gradients(
+    parameters: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[bool]:
     """Which parameters have a gradient that is not zero everywhere, on any rank; the same answer on every rank.
 
     Args:
         parameters: The parameters, the same ones on every rank.
         device: Where ranks compare.
+        group: Those ranks; all by default.
     """
-    return _on_any_rank(_driven(parameters, device)).tolist() if parameters else []
+    return _on_any_rank(_driven(parameters, device), group).tolist() if parameters else []
 
 
 def _driven(parameters: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -103,10 +111,10 @@ def _driven(parameters: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack([flag.to(device).bool() for flag in flags])
 
 
-def _on_any_rank(flags: Tensor) -> Tensor:
+def _on_any_rank(flags: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     flags = flags.to(torch.int32)
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
     return flags.bool()
 
 

@@ -28,8 +28,9 @@ def hidden_matrices(model: NemotronVL) -> set[int]:
     Args:
         model: The model.
     """
-    outer = (model.get_input_embeddings(), model.get_output_embeddings(), model.vision_model.embeddings)
-    spared = {id(parameter) for module in outer for parameter in module.parameters()}
+    tower = None if model.vision_model is None else model.vision_model.embeddings
+    outer = (model.get_input_embeddings(), model.get_output_embeddings(), tower)  # a pipeline's stage may lack them
+    spared = {id(parameter) for module in outer if module is not None for parameter in module.parameters()}
     linear = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name]
     return {id(module.weight) for module in linear} - spared
 

@@ -57,13 +57,12 @@ def parameter_groups(
         ``<part>/muon``; without empty ones.
 
     Raises:
-        ValueError: If ``lr`` names an unknown part or leaves out a trainable one, or a pattern matches no parameter.
+        ValueError: If ``lr`` names an unknown part or leaves out a trainable one.
     """
     rates = lr if isinstance(lr, dict) else dict.fromkeys(PARTS, lr)
     if unknown := set(rates) - set(PARTS):
         raise ValueError(f"lr names {sorted(unknown)}; expected parts among {', '.join(PARTS)}")
-    _check_patterns(model, no_decay)
-    num_layers = len(model.vision_model.encoder.layer)
+    num_layers = model.config.vision_config.num_hidden_layers
     groups = []
     for part, module in parts_of(model).items():
         found: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
@@ -84,6 +83,25 @@ def parameter_groups(
             }
             groups.append({**group, "algorithm": "muon" if by_muon else "adamw"} if muon else group)
     return groups
+
+
+def check_no_decay(model: NemotronVL, patterns: Sequence[str]) -> None:
+    """Checks patterns of parameters without weight decay.
+
+    Args:
+        model: Whole.
+        patterns: See `parameter_groups`.
+
+    Raises:
+        ValueError: If one matches no parameter.
+    """
+    names = [f"{part}.{key}" for part, module in parts_of(model).items() for key, _ in module.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"no_decay names {pattern!r}, which matches none of the model's {len(names)} parameters; expected a "
+                f"name, or a pattern with *, that begins with its part, such as {names[0]} or {names[-1]}"
+            )
 
 
 def count_steps(trainer: Any, batches: int | None) -> int:
@@ -128,16 +146,6 @@ def _is_decayed(key: str, parameter: nn.Parameter) -> bool:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _check_patterns(model: NemotronVL, patterns: Sequence[str]) -> None:
-    names = [f"{part}.{key}" for part, module in parts_of(model).items() for key, _ in module.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"no_decay names {pattern!r}, which matches none of the model's {len(names)} parameters; expected a "
-                f"name, or a pattern with *, that begins with its part, such as {names[0]} or {names[-1]}"
-            )
 
 
 def _depth(key: str, num_layers: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
@@ -82,6 +83,8 @@ def make_optimizer(
     beta1, beta2 = betas
     muon = hidden_matrices(model) if optimizer == "muon" else ()
     groups = parameter_groups(model, lr, weight_decay, layer_decay, no_decay or (), muon)
+    if not groups:  # a stage of a pipeline with nothing to train: PyTorch refuses to have no parameters
+        groups = [{"name": "none", "params": [torch.zeros(0, requires_grad=True)], "algorithm": "adamw"}]
     if optimizer == "adamw8bit":
         return _adamw8bit()(groups, betas=(beta1, beta2))
     groups = [group if group.get("algorithm") == "muon" else _fused(group) for group in groups]

@@ -6,7 +6,7 @@ Taken from the optimizer that a run has made, not from its config: what stands t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_vlm.models.architecture import aligned
 from lightning_vlm.models.nemotron_vl import NemotronVL
-from lightning_vlm.models.parts import parts_of
+from lightning_vlm.models.parts import PARTS, parts_of
 from lightning_vlm.training.freezing import never_trained
 
 _LABELS = {"muon": "Muon", "adamw": "AdamW"}
@@ -75,8 +75,22 @@ def parameter_table(
         ):
             if own:
                 rows.append(Row(part, f"{part}/{label}", *_sizes(own)))
-    order = list(parts_of(model))
-    return sorted(rows, key=lambda row: order.index(row.part) if row.part else len(order))
+    return _in_order(rows)
+
+
+def join_rows(tables: Sequence[Sequence[Row]]) -> list[Row]:
+    """One table of those of a pipeline's stages: what a group has on each is added up.
+
+    Args:
+        tables: One for each stage.
+    """
+    joined: dict[str, Row] = {}
+    for row in (row for table in tables for row in table if row.parameters):
+        if (there := joined.get(row.group)) is not None:
+            parameters, trainable = there.parameters + row.parameters, there.trainable + row.trainable
+            row = replace(there, parameters=parameters, trainable=trainable)
+        joined[row.group] = row
+    return _in_order(list(joined.values()))
 
 
 def table_text(rows: Sequence[Row]) -> str:
@@ -127,6 +141,11 @@ def name_of(group: Mapping[str, Any], number: int) -> str:
         number: Its place among all groups.
     """
     return str(group.get("name", f"group {number}"))
+
+
+def _in_order(rows: list[Row]) -> list[Row]:
+    order = list(PARTS)
+    return sorted(rows, key=lambda row: order.index(row.part) if row.part else len(order))
 
 
 def _sizes(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:

@@ -57,6 +57,8 @@ class ReachedMedia:
 
 
 def _unreached(model: NemotronVL, image: bool, video: bool, sound: bool) -> Iterator[nn.Parameter]:
+    if model.vision_model is None:  # a later stage of a pipeline has no part that media reach
+        return
     embeddings = model.vision_model.embeddings
     if not (image or video):
         yield from model.vision_model.parameters()

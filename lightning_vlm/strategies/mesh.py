@@ -1,0 +1,125 @@
+"""MeshStrategy: what strategies share that divide a model over a grid of ranks.
+
+The grid has up to four axes: ``pipeline`` (stages), ``copies`` (data parallel, whole copies of the shards), ``shards``
+(data parallel, FSDP2) and ``tensor``. Ranks that differ in ``copies`` or ``shards`` see different samples; the others
+see the same ones and hold the same values, so sums and means over ranks are over these two axes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.distributed import _sync_ddp_if_available
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lightning_vlm.models.nemotron_vl import NemotronVL
+from lightning_vlm.strategies.parallelize import Sharding
+
+AXES = ("pipeline", "copies", "shards", "tensor")
+
+
+class MeshStrategy(ModelParallelStrategy):
+    """Base of `FSDP2Strategy` and `PipelineStrategy`.
+
+    Args:
+        stages: Of a pipeline.
+        shards: Ranks that share one copy of the model by FSDP2; ``None`` for all that there are.
+        tensor: Ranks that share every layer.
+        sharding: How FSDP2 shards.
+        compile_layers: Compile each layer of the language model.
+        process_group_backend: As of Lightning's strategies.
+        timeout: Of collectives.
+    """
+
+    def __init__(
+        self,
+        stages: int,
+        shards: int | None,
+        tensor: int,
+        sharding: Sharding,
+        compile_layers: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        for name, size in (("stages", stages), ("shards", shards), ("tensor", tensor)):
+            if size is not None and size < 1:
+                raise ValueError(f"strategy.{name} is {size}; expected at least 1")
+        self.stages, self.shards, self.tensor = stages, shards, tensor
+        self.sharding = sharding
+        self.compiles_layers = compile_layers
+
+    def parallelize(self, model: NemotronVL) -> NemotronVL:
+        """Divides a model over the grid, see `Parallelizes`."""
+        raise NotImplementedError
+
+    def setup_environment(self) -> None:
+        """Starts the process group and lays out the grid.
+
+        Raises:
+            ValueError: If the grid does not have as many places as there are processes.
+        """
+        ParallelStrategy.setup_environment(self)
+        self._setup_distributed()
+        world, divided = self.world_size, self.stages * self.tensor
+        shards = self.shards or max(world // divided, 1)
+        copies = world // (divided * shards)
+        if copies * shards * divided != world:
+            raise ValueError(
+                f"{type(self).__name__}: stages={self.stages}, shards={shards} and tensor={self.tensor} need a "
+                f"multiple of {shards * divided} processes, and there are {world}; change one of them, or "
+                "trainer.devices and trainer.num_nodes"
+            )
+        sizes = (self.stages, copies, shards, self.tensor)
+        self._device_mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=AXES)
+        self._data_mesh = self._device_mesh["copies", "shards"]._flatten("data_parallel")
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    @property
+    def data_mesh(self) -> DeviceMesh:
+        """Ranks with different samples."""
+        return self._data_mesh
+
+    @property
+    def sharding_mesh(self) -> DeviceMesh:
+        """What ``fully_shard`` takes: copies and shards, or shards alone."""
+        copies = self.device_mesh["copies"].size()
+        return self.device_mesh["shards"] if copies == 1 else self.device_mesh["copies", "shards"]
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Number of data-parallel ranks and this one's."""
+        return {"num_replicas": self.data_mesh.size(), "rank": self.data_mesh.get_local_rank()}
+
+    def model_to_device(self) -> None:
+        """Moves what FSDP2 does not keep on the CPU."""
+        if not self.sharding.cpu_offload:
+            super().model_to_device()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Makes the model from the same random numbers on all ranks, as one process would."""
+        torch.set_rng_state(self.broadcast(torch.get_rng_state()))
+        with super().model_sharded_context():
+            yield
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Over the ranks with different samples."""
+        if not isinstance(tensor, Tensor):
+            return tensor
+        return _sync_ddp_if_available(tensor, group or self.data_mesh.get_group(), reduce_op=reduce_op)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Over all ranks."""
+        value = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(value, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(value)
