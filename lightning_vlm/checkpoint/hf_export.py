@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lightning_vlm.checkpoint.differences import Difference, differences_error
 from lightning_vlm.checkpoint.hf_import import names_from_scratch
@@ -35,6 +35,7 @@ from lightning_vlm.checkpoint.layout import (
     released_tensors,
     stays_float32,
 )
+from lightning_vlm.checkpoint.model_card import CARD, TAG, has_card
 from lightning_vlm.checkpoint.safetensors_writer import Entry, entries_of, make_header, write_file
 from lightning_vlm.checkpoint.trained import TrainedWeights
 from lightning_vlm.checkpoint.weight_files import WeightFiles, parse_header
@@ -45,8 +46,6 @@ SHARD_BYTES = 5_000_000_000
 
 _KEPT = 2
 """Trained tensors that stay in memory: those of experts are asked for expert after expert, of two projections."""
-
-_EXPORTED = (CONFIG_NAME, "adapter_config.json")  # one of them is in every folder that was exported
 
 Joined = tuple[Shape, list[Stretch]]
 
@@ -69,6 +68,12 @@ class WeightPlan:
     def num_bytes(self) -> int:
         """Of all tensors."""
         return sum(entry.num_bytes for header in self.files.values() for entry in entries_of(header))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the largest tensor: what a config calls the model's."""
+        entries = [entry for header in self.files.values() for entry in entries_of(header)]
+        return max(entries, key=lambda entry: entry.num_bytes).dtype
 
 
 def plan_weights(trained: TrainedWeights, base: WeightFiles | None, dtype: torch.dtype | None = None) -> WeightPlan:
@@ -204,8 +209,8 @@ def _check_place(out: Path, overwrite: bool, needed: Sequence[Path]) -> None:
             raise DataError(str(out), f"an export there would replace {path}, which is needed", "name another folder")
     if not overwrite:
         raise DataError(str(out), "there is something already", "name another folder, or pass --overwrite")
-    if not any((out / name).is_file() for name in _EXPORTED):
-        found = f"it has neither {' nor '.join(_EXPORTED)}: it is no export, and --overwrite would delete it"
+    if not has_card(out):
+        found = f"it has no {CARD} with the tag {TAG}: it is no export, and --overwrite would delete it"
         raise DataError(str(out), found, "name another folder")
 
 
@@ -231,7 +236,7 @@ def _plan_like(
     elif base.index is not None:
         weight_map = {**base.index["weight_map"], **dict.fromkeys(added, last)}
         size = sum(entry.num_bytes for header in files.values() for entry in entries_of(header))
-        index = _index({**base.index.get("metadata", {}), "total_size": size}, weight_map)
+        index = _index({**(base.index.get("metadata") or {}), "total_size": size}, weight_map)
     return WeightPlan(files, found | added, index)
 
 
@@ -239,7 +244,7 @@ def _plan_anew(trained: TrainedWeights, released: dict[str, Joined], dtype: torc
     """Files of at most `SHARD_BYTES`, in the order of the model."""
     shards: list[list[Entry]] = [[]]
     for key, (shape, stretches) in released.items():
-        entry = Entry(key, shape, _dtype(key, trained[stretches[0].name].dtype, dtype))
+        entry = Entry(key, shape, _dtype(key, trained.dtype(stretches[0].name), dtype))
         if shards[-1] and sum(other.num_bytes for other in shards[-1]) + entry.num_bytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(entry)

@@ -1,6 +1,6 @@
 """The weights of a LoRA run with its adapters added to them: what is served without knowing of LoRA.
 
-Each weight is merged when it is read, in float32, and rounded once.
+Each weight is merged when it is read, and stays in float32: it is rounded once, to what it is stored in.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class MergedWeights(TrainedWeights):
         if (adapter := self._adapters.get(name)) is None:
             return weight
         delta = adapter.delta(self._trained[adapter.a], self._trained[adapter.b])
-        return (weight.float() + delta).to(weight.dtype)
+        return weight.float() + delta
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -59,6 +59,10 @@ class MergedWeights(TrainedWeights):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return self._trained.shape(self._names[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a weight was trained in, which is not that of its sum."""
+        return self._trained.dtype(self._names[name])
 
 
 def lora_of(trained: TrainedWeights) -> Lora | None:

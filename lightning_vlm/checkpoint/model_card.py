@@ -1,4 +1,7 @@
-"""The card of an exported model: where its weights come from, how it was trained, what was measured."""
+"""The card of an exported model: where its weights come from, how it was trained, what was measured.
+
+By its tag an export is known from other folders: what a user keeps in one that only looks like it is not replaced.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import metadata_load
+
 from lightning_vlm.checkpoint.source import is_repository
 from lightning_vlm.checkpoint.trained import TrainedWeights
+
+CARD = "README.md"
+TAG = "lightning-vlm"
 
 _SETTINGS = ("lr", "weight_decay", "betas", "warmup", "min_lr_ratio", "freeze", "from_scratch", "lora", "init")
 
@@ -23,7 +32,7 @@ def model_card(trained: TrainedWeights, title: str, num_bytes: int, notes: Seque
     """
     options, record = trained.hyperparameters, trained.record
     base = options.get("model_id")
-    front = ["---", "pipeline_tag: image-text-to-text", "tags: [lightning-vlm]"]
+    front = ["---", "pipeline_tag: image-text-to-text", f"tags: [{TAG}]"]
     if base is not None and is_repository(base):
         front.append(f"base_model: {base}")
     elif base is not None:
@@ -42,6 +51,20 @@ def model_card(trained: TrainedWeights, title: str, num_bytes: int, notes: Seque
     if notes:
         lines += ["", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
+
+
+def has_card(folder: Path) -> bool:
+    """Whether a folder is an export, of a model or of adapters.
+
+    Args:
+        folder: Any.
+    """
+    try:
+        front = metadata_load(folder / CARD) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    tags = front.get("tags")
+    return isinstance(tags, list) and TAG in tags
 
 
 def _table(header: tuple[str, str], rows: Sequence[tuple[str, Any]]) -> list[str]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 from lightning_vlm.checkpoint.adapter import write_adapter
 from lightning_vlm.checkpoint.hf_export import complete_folder, plan_weights, write_weights
 from lightning_vlm.checkpoint.merged import MergedWeights, lora_of, trained_adapters
-from lightning_vlm.checkpoint.model_card import model_card
+from lightning_vlm.checkpoint.model_card import CARD, model_card
 from lightning_vlm.checkpoint.opening import local_folder
 from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.checkpoint.trained import TrainedWeights
@@ -30,7 +30,6 @@ from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.processing.load import load_processor
 from lightning_vlm.schema import DataError
 
-_CARD = "README.md"
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf")
 _DTYPE_NAMES = ("torch_dtype", "dtype")
 
@@ -88,10 +87,10 @@ def release(
             _copy_rest(base, folder)
         if not (folder / CONFIG_NAME).is_file():
             NemotronVLConfig.from_dict(trained.hyperparameters["config"]).save_pretrained(folder)
-        if dtype is not None:
-            _set_dtype(folder / CONFIG_NAME, dtype)
+        if dtype is not None or files is None:  # else the weights are stored as in the base, whose config says so
+            _set_dtype(folder / CONFIG_NAME, dtype or plan.dtype)
         result.notes += _write_processor(trained, base, folder)
-        (folder / _CARD).write_text(model_card(trained, out.name, plan.num_bytes, result.notes), encoding="utf-8")
+        (folder / CARD).write_text(model_card(trained, out.name, plan.num_bytes, result.notes), encoding="utf-8")
         if check is not None:
             check(trained, folder)
     return result
@@ -116,7 +115,7 @@ def release_adapter(trained: TrainedWeights, out: Path, base: Path | None = None
     with complete_folder(out, overwrite, _sources(trained, base)) as folder:
         adapters = trained_adapters(trained, lora, base, _weights_of(base, trained))
         result.num_bytes = write_adapter(folder, trained, lora, adapters)
-        (folder / _CARD).write_text(model_card(trained, out.name, result.num_bytes), encoding="utf-8")
+        (folder / CARD).write_text(model_card(trained, out.name, result.num_bytes), encoding="utf-8")
     return result
 
 
@@ -146,13 +145,14 @@ def _sources(trained: TrainedWeights, base: Path | None) -> list[Path]:
 def _copy_rest(base: Path, folder: Path) -> None:
     for file in sorted(base.iterdir()):
         is_weight = file.name.endswith(_WEIGHTS)
-        if file.is_file() and not is_weight and file.name != _CARD and not file.name.startswith("."):
+        if file.is_file() and not is_weight and file.name != CARD and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(_with_dtype(config, dtype), indent=2) + "\n", encoding="utf-8")
+    if (changed := _with_dtype(config, dtype)) != config:
+        path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
 
 
 def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -168,8 +168,15 @@ def _write_processor(trained: TrainedWeights, base: Path | None, folder: Path) -
     settings = trained.record.get("processor")
     saved = None
     if base is not None and has_tokenizer and settings is not None:
-        with suppress(OSError, ValueError):  # the training had its processor from elsewhere
+        try:
             saved = json.loads(json.dumps(load_processor(str(base)).to_dict()))
+        except (OSError, ValueError) as error:  # the training had its processor from elsewhere
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(
+                f"{base}: its processor cannot be loaded ({reason}), so the export is not held against it; "
+                f"{PROCESSOR_NAME} gets the settings of the training",
+                stacklevel=2,
+            )
     notes = [] if has_tokenizer else ["there is no tokenizer in this folder: it is served with that of the training"]
     if settings is None or settings == saved:
         return notes

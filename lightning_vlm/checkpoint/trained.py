@@ -43,6 +43,10 @@ class TrainedWeights(Mapping[str, Tensor], ABC):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
 
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor was trained in, without reading it."""
+
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """Of the `NemotronVLModule` that was trained."""
@@ -76,6 +80,9 @@ class _SingleFile(TrainedWeights):
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._state[name].shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._state[name].dtype
+
 
 class _Shards(TrainedWeights):
     def __init__(self, path: Path) -> None:
@@ -104,6 +111,9 @@ class _Shards(TrainedWeights):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._stored[name].size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored[name].properties.dtype
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:

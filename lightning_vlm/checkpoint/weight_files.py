@@ -195,6 +195,7 @@ def _read_header(path: Path, file: str) -> tuple[bytes, dict[str, StoredTensor]]
                 raise ValueError(f"its header would be {length:,} bytes long")
             header = prefix + stream.read(length)
             entries = {key: entry for key, entry in parse_header(header).items() if key != "__metadata__"}
+            _check_dtypes(path, entries)
             tensors = {
                 key: StoredTensor(
                     file, DTYPES[entry["dtype"]], tuple(entry["shape"]), len(header) + entry["data_offsets"][0]
@@ -207,9 +208,21 @@ def _read_header(path: Path, file: str) -> tuple[bytes, dict[str, StoredTensor]]
             raise ValueError(f"it has {size:,} bytes, its header describes {end:,}")
     except FileNotFoundError as error:
         raise DataError(str(path), "the index names it, but it is not there", "fetch the folder anew") from error
+    except DataError:
+        raise
     except (KeyError, ValueError, struct.error, TypeError) as error:
         raise DataError(str(path), f"it is no whole safetensors file ({error})", "fetch it anew") from error
     return header, tensors
+
+
+def _check_dtypes(path: Path, entries: dict[str, Any]) -> None:
+    for key, entry in entries.items():
+        if entry["dtype"] not in DTYPES:
+            raise DataError(
+                str(path),
+                f"{key!r} is stored as {entry['dtype']}, expected one of {', '.join(DTYPES)}",
+                "name the model in another precision, or convert it",
+            )
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lightning_vlm.models.architecture import Architecture, aligned, describe_architecture, format_bytes, save_text
+from lightning_vlm.models.lora import has_adapters
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.module import NemotronVLModule
 from lightning_vlm.schema import DataError
@@ -79,8 +80,9 @@ def print_description(
         text = json.dumps(data, indent=2)
     else:
         width = _DTYPES.get(precision, torch.float32).itemsize
+        adapters = ", of adapters 4 (float32)" if width < 4 and has_adapters(network) else ""
         text = (
-            f"trainer.precision {precision}: {width} bytes a parameter ({dtype}); no weights were read\n\n"
+            f"trainer.precision {precision}: {width} bytes a parameter ({dtype}){adapters}; no weights were read\n\n"
             f"{architecture}\n\n{_memory_text(memory)}"
         )
     print(text)

@@ -6,9 +6,10 @@ adapter that trains next to nothing looks like a run that learns slowly. Here on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -186,8 +187,27 @@ class Adapter:
         return self.scaling * torch.einsum("ore,eri->eoi", b, a)
 
 
+class Float32Factor(nn.Linear):
+    """A factor of an adapter: its weight is never in half precision, whatever the model is cast to.
+
+    There most steps of an optimizer are smaller than the distance to the next number, and are lost. The weights that
+    adapters are on take no steps and may be halved. Computing is in the precision of the input, as under autocast.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rounds the small factor, not the input: the backward pass keeps that, once for all adapters that take it."""
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if result.dtype in (torch.float16, torch.bfloat16) else result
+
+        return super()._apply(moved, recurse)
+
+
 def add_adapters(model: NemotronVL, lora: Lora) -> Coverage:
-    """Adds adapters in place, and freezes all but them and what is trained in full.
+    """Adds adapters in place, in float32, and freezes all but them and what is trained in full.
 
     Args:
         model: With its weights, or on the meta device.
@@ -229,6 +249,7 @@ def add_adapters(model: NemotronVL, lora: Lora) -> Coverage:
         target_parameters=[layer.name for layer in chosen if layer.stacked] or None,
     )
     inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+    _keep_float32(model)
     for name, module in present.items():
         if lora.how(name) == "full":
             module.requires_grad_(True)
@@ -260,6 +281,20 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
         else:
             found.append(Adapter(f"{name}.base_layer.weight", a, b, module.scaling[_ADAPTER]))
     return found
+
+
+def fresh_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """What peft initialises adapters with, whole and on the CPU: ``b @ a`` is zero.
+
+    Args:
+        model: After `add_adapters`, whole, also on the meta device.
+    """
+    state = model.state_dict(keep_vars=True)
+    values = {}
+    for adapter in adapters_of(model):
+        values[adapter.a] = nn.init.kaiming_uniform_(torch.empty(state[adapter.a].shape, dtype=torch.float32), a=math.sqrt(5))
+        values[adapter.b] = torch.zeros(state[adapter.b].shape, dtype=torch.float32)
+    return values
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -317,6 +352,17 @@ def _blocks(tower: Any) -> nn.ModuleList:
 
 def _has_adapters(lora: Lora, part: str, kind: str) -> bool:
     return kind in lora.scopes if part == "language" else lora.how(part) == "lora"
+
+
+def _keep_float32(model: nn.Module) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # to the factors' dtype
+            for factors in (module.lora_A, module.lora_B):
+                factors[_ADAPTER].__class__ = Float32Factor  # adds no state: weights, hooks and names stay
+                factors[_ADAPTER].float()
 
 
 def _cover(model: NemotronVL, lora: Lora, layers: list[_Layer]) -> Iterator[Covered]:

@@ -101,7 +101,25 @@ def shard(roots: list[nn.Module], model: NemotronVL, mesh: DeviceMesh, sharding:
         sharding: How.
     """
     options = sharding.options(mesh)
-    for unit in units(model):
+    own = units(model)
+    _refuse_mixed_dtypes([*own, *roots], model)
+    for unit in own:
         fully_shard(unit, reshard_after_forward=sharding.reshard_after_forward, **options)
     for root in roots:
         fully_shard(root, reshard_after_forward=False, **options)
+
+
+def _refuse_mixed_dtypes(modules: list[nn.Module], model: NemotronVL) -> None:
+    """FSDP2 sums the gradients of a unit up as one tensor."""
+    taken: set[int] = set()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in modules:
+        own = [p for p in module.parameters() if id(p) not in taken]
+        taken |= set(map(id, own))
+        by_dtype = {p.dtype: names[id(p)] for p in own if p.requires_grad}
+        if len(by_dtype) > 1:
+            found = " and ".join(f"{name} ({str(dtype).removeprefix('torch.')})" for dtype, name in by_dtype.items())
+            raise ValueError(
+                f"FSDP2 sums up gradients of one precision at once, and here it would be {found}; train both by lora, or "
+                "both in full, or set trainer.precision to bf16-mixed"
+            )

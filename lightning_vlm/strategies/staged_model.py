@@ -6,6 +6,7 @@ gets the result. Generation keeps no cache: every token is a forward pass over t
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class StagedNemotronVL(NemotronVL):
 
     pipeline: Pipeline
 
+    @wraps(NemotronVL.forward)  # transformers looks at its arguments
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor,

@@ -17,8 +17,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
@@ -33,6 +34,7 @@ from lightning_vlm.checkpoint.shards import _Plain
 from lightning_vlm.checkpoint.trained import find_checkpoint, open_trained
 from lightning_vlm.checkpoint.weight_files import WeightFiles
 from lightning_vlm.cli import main
+from lightning_vlm.models.lora import adapters_of
 from lightning_vlm.schema import DataError
 from tests.distributed.test_sharded_import import apply
 from tests.distributed.test_text_only_ranks import run_ranks
@@ -387,10 +389,13 @@ def test_a_lora_run_is_exported_merged(base, fit, tmp_path, make_batch, as_float
     assert "which an adapter in peft's format and released names cannot hold; export without" in capsys.readouterr().err
 
 
-def test_adapters_alone_add_up_to_the_merged_model(base, fit, tmp_path):
-    checkpoint = fit(base, lora={"vision": "lora", "projector": "lora", "rank": 4, "alpha": 12}, lr=3e-2)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_adapters_alone_add_up_to_the_merged_model(base, fit, tmp_path, precision):
+    """Also where the weights are in half precision: the sum is rounded when it is stored, which here it is not."""
+    checkpoint = fit(base, precision, lora={"vision": "lora", "projector": "lora", "rank": 4, "alpha": 12}, lr=3e-2)
     export(checkpoint, tmp_path / "out", dtype=torch.float32)
     assert main(["export", str(checkpoint), str(tmp_path / "adapter"), "--adapter"]) == 0
+    assert main(["export", str(checkpoint), str(tmp_path / "adapter"), "--adapter", "--overwrite"]) == 0
     config = LoraConfig.from_pretrained(tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     before, after = WeightFiles(base), WeightFiles(tmp_path / "out")
@@ -398,6 +403,7 @@ def test_adapters_alone_add_up_to_the_merged_model(base, fit, tmp_path):
         a, b = (tensors[f"base_model.model.{module}.lora_{which}.weight"] for which in "AB")
         rank = config.rank_pattern.get(module, config.r)
         assert a.shape[0] == rank == (12 if module.endswith("qkv") else 4)
+        assert a.dtype == b.dtype == torch.float32
         update = config.alpha_pattern.get(module, config.lora_alpha) / rank * (b @ a)
         assert update.any()
         merged = before.read(f"{module}.weight").float() + update
@@ -405,6 +411,70 @@ def test_adapters_alone_add_up_to_the_merged_model(base, fit, tmp_path):
     adapted = {f"{module}.weight" for module in config.target_modules}
     same = [key for key in before if torch.equal(before.read(key).float(), after.read(key).float())]
     assert set(same) == before.keys() - adapted
+
+
+def as_named(files: WeightFiles) -> nn.Module:
+    """Modules with the names and weights of released files and nothing else, in float32; a matrix is a Linear."""
+    root = nn.Module()
+    for key in files:
+        path, _, name = key.rpartition(".")
+        module = root
+        for part in path.split("."):
+            if part not in dict(module.named_children()):
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.register_buffer(name, files.read(key).float() if files[key].dtype.is_floating_point else files.read(key))
+    for path, module in list(root.named_modules()):
+        tensors = dict(module.named_buffers(recurse=False))
+        if "weight" in tensors and tensors.keys() <= {"weight", "bias"} and tensors["weight"].ndim == 2:
+            linear = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0], bias="bias" in tensors)
+            linear.load_state_dict(tensors)
+            root.set_submodule(path, linear)
+    return root
+
+
+def test_peft_loads_adapters_alone(base, fit, tmp_path, make_batch, as_floats):
+    """peft itself puts them on modules of the released names and merges them; transformers computes with the result.
+
+    Its class has other names inside than its files have, so it cannot take the adapters unmerged: that a server whose
+    modules have the released names applies them at run time is not shown. Logits are of text and images; adapters of
+    the sound tower are compared by their merged weights.
+    """
+    parts = ["vision", "projector", *(["audio", "audio_projector"] if base.name == "omni" else [])]
+    checkpoint = fit(base, lora={**dict.fromkeys(parts, "lora"), "rank": 4, "alpha": 12}, lr=3e-2)
+    module = NemotronVLModule.load_from_checkpoint(checkpoint, weights_only=True)
+    with torch.no_grad():
+        for adapter in adapters_of(module.network):  # no sound was in the rows: those have not moved
+            module.network.get_parameter(adapter.b).add_(0.02)
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"] |= {f"model.{name}": value for name, value in module.network.state_dict().items()}
+    torch.save(content, checkpoint)
+    assert main(["export", str(checkpoint), str(tmp_path / "adapter"), "--adapter"]) == 0
+
+    named = as_named(WeightFiles(base))
+    assert named.state_dict().keys() == WeightFiles(base).keys()
+    adapted = PeftModel.from_pretrained(named, str(tmp_path / "adapter"))
+    told = adapted.load_adapter(str(tmp_path / "adapter"), "again")
+    assert not told.unexpected_keys
+    assert not [key for key in told.missing_keys if ".again." in key]
+    adapted.set_adapter("default")
+    merged = adapted.merge_and_unload().state_dict()
+
+    export(checkpoint, tmp_path / "out", dtype=torch.float32)
+    ours = WeightFiles(tmp_path / "out")
+    assert merged.keys() == ours.keys()
+    for key, value in merged.items():
+        torch.testing.assert_close(value, ours.read(key), rtol=0, atol=1e-5, check_dtype=False, msg=key)
+    for file in (tmp_path / "out").glob("model*.safetensors*"):
+        file.unlink()
+    write_weights(tmp_path / "out", merged, 1)
+    batch = make_batch(MIXED)
+    with torch.no_grad():
+        expected = module.network.eval()(**batch).logits
+        before = open_pretrained(base)[0](**batch).logits
+        logits = as_transformers(tmp_path / "out")(**as_floats(batch, module.network)).logits
+    assert (expected - before).abs().max() > 0.1
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_adapters_of_a_full_run_are_refused(base, fit, tmp_path, capsys):

@@ -238,6 +238,22 @@ def test_another_normalisation_than_the_towers_is_told(tmp_path):
         open_pretrained(tmp_path)
 
 
+def test_a_dtype_that_is_not_known_is_told_with_its_tensor(nano):
+    content = (nano / FILE).read_bytes()
+    entry = b'"mlp1.1.weight":{"dtype":"BF16"'
+    assert entry in content
+    (nano / FILE).write_bytes(content.replace(entry, entry.replace(b'"BF16"', b'"F4"  ')))
+    with pytest.raises(DataError) as raised:
+        WeightFiles(nano)
+    assert str(raised.value) == (
+        f"{nano / FILE}: 'mlp1.1.weight' is stored as F4, expected one of F64, F32, F16, BF16, I64, I32, I16, I8, U8, "
+        "BOOL, F8_E4M3, F8_E5M2; name the model in another precision, or convert it."
+    )
+    (nano / FILE).write_bytes(content[:-1])
+    with pytest.raises(DataError, match=r"is no whole safetensors file \(it has .* bytes, its header describes"):
+        WeightFiles(nano)
+
+
 def test_a_config_alone_gives_random_weights(nano):
     (nano / FILE).unlink()
     assert open_random(nano).config.text_config.hidden_size == 32

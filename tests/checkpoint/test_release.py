@@ -58,6 +58,45 @@ def test_what_is_needed_or_no_export_is_never_replaced(base, tmp_path, capsys, m
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    "card",
+    [
+        None,
+        "# A model\n\nmade with lightning-vlm\n",
+        "---\ntags: [image-text-to-text]\n---\n",
+        "---\ntags: my-lightning-vlm-notes\n---\n",
+        "---\nlightning-vlm\n---\n",
+        "---\ntags: [lightning-vlm\n---\n",
+    ],
+)
+def test_what_only_looks_like_an_export_is_not_replaced(base, tmp_path, card):
+    """A model of other tools has a config too, and a card."""
+    trained = open_trained(save_run(base, tmp_path / "run"))
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("config.json", "adapter_config.json", "model.safetensors"):
+        (other / name).write_text("{}")
+    if card is not None:
+        (other / "README.md").write_text(card)
+    before = {path: path.read_bytes() for path in other.iterdir()}
+    message = (
+        r"other: it has no README.md with the tag lightning-vlm: it is no export, and --overwrite would delete it; na"
+    )
+    with pytest.raises(DataError, match=message):
+        release(trained, other, overwrite=True)
+    assert {path: path.read_bytes() for path in other.iterdir()} == before
+
+
+def test_an_earlier_export_is_known_also_when_its_card_was_edited(base, tmp_path):
+    trained, out = open_trained(save_run(base, tmp_path / "run")), tmp_path / "out"
+    release(trained, out)
+    (out / "README.md").write_text("---\nlicense: other\ntags:\n- vision\n- lightning-vlm\n---\n\n# Mine\n")
+    (out / "old").write_text("of the export before")
+    release(trained, out, overwrite=True)
+    assert not (out / "old").exists()
+    assert (out / "README.md").read_text().startswith("---\npipeline_tag: ")
+
+
 def test_a_file_is_no_folder_to_replace(base, tmp_path):
     (tmp_path / "out").write_text("mine")
     for overwrite in (False, True):
@@ -138,6 +177,19 @@ def test_a_base_without_a_processor_is_exported_and_told(base, tmp_path):
     assert note in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_base_whose_processor_cannot_be_loaded_is_told(base, tmp_path):
+    (base / "preprocessor_config.json").write_text('{"image_processor_type": ')
+    record = {"RunRecord": {"processor": {"processor_class": "NemotronVLProcessor", "max_num_tiles": 3}}}
+    trained = open_trained(save_run(base, tmp_path / "run", callbacks=record))
+    with pytest.warns(UserWarning, match="base: its processor cannot be loaded") as told:
+        result = release(trained, tmp_path / "out")
+    [message] = [str(warning.message) for warning in told if "cannot be loaded" in str(warning.message)]
+    assert message.startswith(f"{base}: its processor cannot be loaded (")
+    assert message.endswith("; processor_config.json gets the settings of the training")
+    assert json.loads((tmp_path / "out" / "processor_config.json").read_text()) == record["RunRecord"]["processor"]
+    assert result.notes == []
+
+
 # Parts that were made anew
 
 
@@ -178,3 +230,30 @@ def test_another_dtype_is_told_in_the_config_of_each_part(base, tmp_path):
     release(open_trained(save_run(base, tmp_path / "run")), tmp_path / "out", dtype=torch.float32)
     config["torch_dtype"] = config["llm_config"]["torch_dtype"] = "float32"
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_config_alone_does_not_say_what_dtype_random_weights_have(base, tmp_path, dtype):
+    """A run that took the config of a folder and no weights is stored as it was trained."""
+    path = save_run(base, tmp_path / "run", init="random")
+    content = torch.load(path, weights_only=True)
+    content["state_dict"] = {name: value.to(dtype) for name, value in content["state_dict"].items()}
+    torch.save(content, path)
+    release(open_trained(path), tmp_path / "out")
+    assert {tensor.dtype for tensor in WeightFiles(tmp_path / "out").values()} == {dtype}
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out"))
+    assert before["torch_dtype"] == "bfloat16"
+    assert after == {**before, "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def test_an_index_without_metadata_is_an_index(make_theirs, tmp_path):
+    write_omni(tmp_path / "base", make_theirs("ME*-"))
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": None}))
+    trained = open_trained(save_run(tmp_path / "base", tmp_path / "run"))
+    release(trained, tmp_path / "same")
+    assert (tmp_path / "same" / index.name).read_bytes() == index.read_bytes()
+    release(trained, tmp_path / "wide", dtype=torch.float32)
+    files = WeightFiles(tmp_path / "wide")
+    assert files.index is not None
+    assert files.index["metadata"] == {"total_size": files.num_bytes}

@@ -73,6 +73,19 @@ def test_the_text_says_what_it_takes_for_granted(config: Path, capsys: pytest.Ca
     assert [line.split()[0] for line in lines[-4:]] == ["weights", "gradients", "adamw", "total"]
 
 
+def test_adapters_count_in_float32(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--config", str(config), "--model.freeze", "null", "--model.lora", "{rank: 4}")
+    assert describe(*arguments, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    adapters = told["total"]["trainable"]
+    assert told["dtypes"]["float32"] == adapters > 0
+    assert told["training_memory_bytes"]["gradients"] == 4 * adapters
+    assert told["total"]["parameter_bytes"] == 2 * told["total"]["parameters"] + 2 * adapters
+    assert describe(*arguments) == 0
+    first = "trainer.precision bf16-true: 2 bytes a parameter (bfloat16), of adapters 4 (float32); no weights were read"
+    assert capsys.readouterr().out.startswith(f"{first}\n")
+
+
 def test_overrides_count(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert describe("--config", str(config), "--model.freeze", "[]", "--trainer.precision", "32", "--json") == 0
     told = json.loads(capsys.readouterr().out)

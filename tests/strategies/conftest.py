@@ -29,6 +29,7 @@ class Steps(L.Callback):
         self.norms: list[float] = []
         self.rows: list[list[int]] = []
         self.val: list[float] = []
+        self.answers: dict[str, str] = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.rows.append([int(s.rpartition(":")[2]) for s, counted in zip(batch.sources, batch.counted) if counted])
@@ -38,6 +39,10 @@ class Steps(L.Callback):
         if trainer.global_step > self.step:
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if outputs:
+            self.answers |= {s: a for s, a, c in zip(batch.sources, outputs["answers"], batch.counted) if c}
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.val.append(float(trainer.callback_metrics["val/loss"]))
@@ -64,6 +69,11 @@ class Fit:
     def val(self) -> list[float]:
         """Validation losses, the same on all ranks."""
         return self._same("val")
+
+    @property
+    def answers(self) -> dict[str, str]:
+        """The last answers of validation, of all ranks."""
+        return {Path(row).name: text for rank in self.ranks for row, text in rank["answers"].items()}
 
     def _same(self, name: str) -> list[float]:
         for rank in self.ranks:
@@ -96,7 +106,7 @@ def fit(file: Path, folder: Path, make_strategy: Callable[[], Any], options: dic
     trainer.fit(network, datamodule=VLMDataModule(**data), ckpt_path=options.get("ckpt_path"))
     if "save" in options:
         trainer.save_checkpoint(options["save"])
-    written = {name: getattr(steps, name) for name in ("losses", "norms", "rows", "val")}
+    written = {name: getattr(steps, name) for name in ("losses", "norms", "rows", "val", "answers")}
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(written))
 
 
@@ -125,6 +135,30 @@ def run(make_task: Callable[..., Path], tmp_path: Path) -> Callable[..., Fit]:
         return Fit(folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)])
 
     return run
+
+
+_FOUND: dict[str, Fit] = {}
+
+
+@pytest.fixture
+def reference(run: Callable[..., Fit]) -> Callable[..., Fit]:
+    """What one process finds, or DDP on so many; looked up where several tests want the same."""
+
+    def reference(ranks: int = 1, **options: Any) -> Fit:
+        key = repr((ranks, options))
+        if key not in _FOUND:
+            _FOUND[key] = run(ranks, (lambda: "auto") if ranks == 1 else (lambda: "ddp"), **options)
+        return _FOUND[key]
+
+    return reference
+
+
+def assert_same(divided: Fit, expected: Fit, steps: int = 3, rel: float = 1e-5) -> None:
+    """Losses, norms of gradients, validation losses and answers; the worst that was measured in float32: see below."""
+    assert len(expected.losses) == steps
+    for name in ("losses", "norms", "val"):
+        assert getattr(divided, name) == pytest.approx(getattr(expected, name), rel=rel, abs=0.0), name
+    assert divided.answers == expected.answers
 
 
 TIMEOUT = timedelta(seconds=60)

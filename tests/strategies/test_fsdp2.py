@@ -1,4 +1,4 @@
-"""FSDP2 is one process, divided: the same losses and the same gradients."""
+"""FSDP2 is DDP, divided: the same losses and gradients."""
 
 from __future__ import annotations
 
@@ -7,28 +7,42 @@ from functools import partial
 import pytest
 
 from lightning_vlm.strategies import FSDP2Strategy
-from tests.strategies.conftest import TIMEOUT
-
-# The worst that was measured.
-CLOSE = {"rel": 1e-5, "abs": 0.0}
+from tests.strategies.conftest import TIMEOUT, assert_same
 
 
 def fsdp2(**options):
     return FSDP2Strategy(timeout=TIMEOUT, **options)
 
 
-def assert_same(divided, single):
-    assert len(single.losses) == 3
-    assert divided.losses == pytest.approx(single.losses, **CLOSE)
-    assert divided.norms == pytest.approx(single.norms, **CLOSE)
-    assert divided.val == pytest.approx(single.val, **CLOSE)
+def test_two_ranks_train_as_one_process(run, reference):
+    assert_same(run(2, fsdp2), reference(data={"batch_size": 4}))
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
-def test_two_ranks_train_as_one(run, packing):
-    data = {"packing": packing, "batch_tokens": 200} if packing else {}
-    accumulate = {"trainer": {"accumulate_grad_batches": 2}} if packing else {}
-    single = run(data={"batch_size": 4, **data}, **accumulate)
-    divided = run(2, fsdp2, data=data)
-    print(single, divided)
-    assert_same(divided, single)
+def test_packs_on_two_ranks_train_as_with_ddp(run, reference):
+    options = {"data": {"packing": True, "batch_tokens": 200}, "trainer": {"accumulate_grad_batches": 2}}
+    assert_same(run(2, fsdp2, **options), reference(2, **options))
+
+
+@pytest.mark.parametrize(
+    "options", [{"shards": 2}, {"shards": 1}, {"reshard_after_forward": False}], ids=lambda options: str(options)
+)
+def test_four_ranks_share_one_copy_or_several(run, reference, options):
+    data = {"data": {"batch_size": 1}}
+    assert_same(run(4, partial(fsdp2, **options), **data), reference(data={"batch_size": 4}))
+
+
+def test_one_device_is_one_shard(run, reference):
+    assert_same(run(1, fsdp2), reference())
+
+
+def test_weights_may_be_gathered_in_half_precision(run, reference):
+    divided = run(2, partial(fsdp2, param_dtype="bfloat16"))
+    assert_same(divided, reference(data={"batch_size": 4}), rel=2e-2)
+    assert divided.losses != reference(data={"batch_size": 4}).losses
+
+
+def test_layers_may_be_compiled(run, reference):
+    assert_same(
+        run(2, partial(fsdp2, compile_layers=True), config={"pattern": "-*"}),
+        reference(data={"batch_size": 4}, config={"pattern": "-*"}),
+    )
