@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from PIL import Image
 
+from lightning_vlm.media.video_backend import VARIABLE as VIDEO_VARIABLE
+from lightning_vlm.media.video_backend import video_choice
 from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.ops.attention import attention_choice
@@ -23,6 +25,8 @@ _OPTIONAL = {
     "flash-linear-attention": "Mamba kernels in Triton",
     "flash-attn": "attention chosen by attn_implementation: flash_attention_2",
     "peft": "LoRA",
+    "av": "video files",
+    "torchcodec": "video files, with FFmpeg on the system",
     "wandb": "logging",
     "matplotlib": "pictures of plans",
 }
@@ -32,15 +36,27 @@ def examine() -> bool:
     """Prints what is here and tries it.
 
     Returns:
-        Whether packed rows run and are isolated on every device.
+        Whether packed rows run and are isolated on every device, and no implementation is named that cannot run.
     """
     print(f"{'python':<24}{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in _PACKAGES:
         print(f"{name:<24}{_version(name) or 'not installed'}")
     for name, purpose in _OPTIONAL.items():
         print(f"{name:<24}{_version(name) or 'not installed'} ({purpose})")
-    held = [_examine_device(device) for device in _devices()]
+    held = [_examine_video(), *(_examine_device(device) for device in _devices())]
     return all(held)
+
+
+def _examine_video() -> bool:
+    try:
+        name, reason = video_choice()
+    except RuntimeError as error:
+        print(f"{'video files':<24}ERROR {error}")
+        return False
+    if name == "pyav" and not _version("av"):
+        name, reason = "not read", f"install lightning-vlm[video]; {reason}"
+    print(f"{'video files':<24}{name}: {reason} ({VIDEO_VARIABLE} selects another)")
+    return True
 
 
 def _devices() -> list[torch.device]:

@@ -292,7 +292,8 @@ def fresh_adapters(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
     values = {}
     for adapter in adapters_of(model):
-        values[adapter.a] = nn.init.kaiming_uniform_(torch.empty(state[adapter.a].shape, dtype=torch.float32), a=math.sqrt(5))
+        a = torch.empty(state[adapter.a].shape, dtype=torch.float32)
+        values[adapter.a] = nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         values[adapter.b] = torch.zeros(state[adapter.b].shape, dtype=torch.float32)
     return values
 

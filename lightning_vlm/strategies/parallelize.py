@@ -120,6 +120,6 @@ def _refuse_mixed_dtypes(modules: list[nn.Module], model: NemotronVL) -> None:
         if len(by_dtype) > 1:
             found = " and ".join(f"{name} ({str(dtype).removeprefix('torch.')})" for dtype, name in by_dtype.items())
             raise ValueError(
-                f"FSDP2 sums up gradients of one precision at once, and here it would be {found}; train both by lora, or "
-                "both in full, or set trainer.precision to bf16-mixed"
+                f"FSDP2 sums up gradients of one precision at once, and here it would be {found}; train both by lora, "
+                "or both in full, or set trainer.precision to bf16-mixed"
             )

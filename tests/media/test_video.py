@@ -19,6 +19,8 @@ from PIL import Image
 
 from lightning_vlm.media.policy import MediaError, MediaPolicy
 from lightning_vlm.media.video import VideoInfo, load_video, sample_frames, video_info
+from lightning_vlm.media.video_backend import VARIABLE, video_choice
+from lightning_vlm.media.video_torchcodec import TorchcodecFile
 from lightning_vlm.schema import FileSlice
 
 SOURCE = "file.jsonl:12"
@@ -91,6 +93,23 @@ class TestFiles:
         assert video.timestamps_s == pytest.approx([index / 25 for index in range(NUM_FRAMES)], abs=1e-3)
 
     @pytest.mark.parametrize("ending", KINDS)
+    def test_are_read_by_the_chosen_backend(
+        self, policy: MediaPolicy, monkeypatch: pytest.MonkeyPatch, ending: str
+    ) -> None:
+        """This file's tests run twice, see test_video_backend.py: each time they must meet the one that is meant."""
+        decode, served = TorchcodecFile.decode, []
+
+        def counted(file: TorchcodecFile, indices: list[int]) -> Any:
+            answer = decode(file, indices)
+            served.append(indices)
+            return answer
+
+        monkeypatch.setattr(TorchcodecFile, "decode", counted)
+        load_video(f"a.{ending}", policy, SOURCE, num_frames=2)
+        by_torchcodec = video_choice()[0] == "torchcodec" and ending in ("mp4", "mov", "mkv", "webm")
+        assert served == ([[0, NUM_FRAMES - 1]] if by_torchcodec else [])
+
+    @pytest.mark.parametrize("ending", KINDS)
     @pytest.mark.parametrize("num_frames", [1, 2, 3, 7, 49])
     def test_jumping_gives_the_frames_that_decoding_all_gives(
         self, policy: MediaPolicy, ending: str, num_frames: int
@@ -103,6 +122,7 @@ class TestFiles:
             assert time == everything.timestamps_s[index]
 
     def test_jumping_decodes_less(self, policy: MediaPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(VARIABLE, "pyav")
         monkeypatch.setitem(KINDS, "mp4", ("libx264", "yuv420p", {"bf": "0"}))
         content = io.BytesIO()
         write_video(content, 200, ending="mp4")
@@ -159,6 +179,19 @@ class TestFiles:
         video = load_video(content.getvalue(), policy, SOURCE)
         assert greys(video.frames) == list(range(12, NUM_FRAMES))
         assert video.timestamps_s[0] == 0.0
+
+    def test_of_a_title_that_is_no_utf8_are_read(self, policy: MediaPolicy) -> None:
+        content = io.BytesIO()
+        with av.open(content, "w", format="mp4") as container:
+            container.metadata["title"] = "Caf#"
+            stream = container.add_stream("libx264", rate=25)
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
+            container.mux(stream.encode())
+        latin = content.getvalue().replace(b"Caf#", "Caf\xe9".encode("latin-1"))
+        with pytest.raises(UnicodeDecodeError):
+            av.open(io.BytesIO(latin))
+        assert len(load_video(latin, policy, SOURCE).frames) == 1
 
     def test_audio_beside_the_pictures_is_left_alone(self, policy: MediaPolicy) -> None:
         content = io.BytesIO()
@@ -320,6 +353,7 @@ class TestLimits:
 
 
 def test_without_pyav_its_extra_is_named(policy: MediaPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "pyav")
     monkeypatch.setitem(sys.modules, "av", None)
     for function in (load_video, video_info):
         with pytest.raises(MediaError, match=r"run: pip install 'lightning-vlm\[video\]'") as caught:

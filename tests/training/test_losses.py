@@ -60,6 +60,7 @@ def test_label_tokens_are_summed_over_ranks(two_ranks):
     reports = two_ranks("""
 from lightning_vlm.training.losses import step_label_tokens
 device = torch.device("cpu")
-report([step_label_tokens(count, device).item() for count in ([5, 0, 0] if rank == 0 else [8, 3, 0])])
+from lightning.fabric.utilities.distributed import _sync_ddp_if_available as reduce
+report([step_label_tokens(count, device, reduce).item() for count in ([5, 0, 0] if rank == 0 else [8, 3, 0])])
 """)
     assert reports == [[13.0, 3.0, 1.0]] * 2
