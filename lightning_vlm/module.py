@@ -24,6 +24,7 @@ from lightning_vlm.callbacks.isolation import IsolationProbe
 from lightning_vlm.callbacks.ledger import EpochLedger
 from lightning_vlm.callbacks.record import RunRecord
 from lightning_vlm.callbacks.trainable_check import TrainableCheck
+from lightning_vlm.checkpoint.atomic_io import use_whole_files
 from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.models.config import NemotronVLConfig
 from lightning_vlm.models.fusion import FusionError
@@ -33,6 +34,7 @@ from lightning_vlm.models.parts import check_parts
 from lightning_vlm.network import build_network
 from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import DataError, VLMBatch, file_of
+from lightning_vlm.strategies.checkpoints import layouts
 from lightning_vlm.strategies.ranks import data_ranks
 from lightning_vlm.training.freezing import check_new_is_trained
 from lightning_vlm.training.generation import generate_answers
@@ -40,6 +42,7 @@ from lightning_vlm.training.gradients import gradient_norm
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
 from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens
 from lightning_vlm.training.optim import OptimizerName, count_steps, warmup_cosine
+from lightning_vlm.training.optimizer_state import names_of, take_names
 from lightning_vlm.training.optimizers import check_optimizer, make_optimizer, require_optimizer
 from lightning_vlm.training.pairing import pair
 from lightning_vlm.training.reached import ReachedMedia
@@ -152,6 +155,7 @@ class NemotronVLModule(L.LightningModule):
             NotImplementedError: If a callback changes ``accumulate_grad_batches`` during the run.
             ImportError: If the optimizer's package is missing.
         """
+        use_whole_files(self.trainer.strategy)
         if stage == "fit":
             if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
                 raise NotImplementedError(
@@ -255,7 +259,9 @@ class NemotronVLModule(L.LightningModule):
         self._applied = (epoch, batch_idx + 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes the checkpoint stand between two optimizer steps, wherever the run was stopped."""
+        """Says what the optimizers' numbers mean; makes the checkpoint stand between two optimizer steps."""
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_layouts"] = layouts(self.trainer, self)
         if self._datamodule is None:
             return
         key = type(self._datamodule).__qualname__
@@ -327,6 +333,7 @@ class NemotronVLModule(L.LightningModule):
         options = self.hparams
         names = ("optimizer", "lr", "betas", "weight_decay", "layer_decay", "no_decay")
         optimizer = make_optimizer(self.network, **{name: options[name] for name in names})
+        take_names(optimizer, names_of(self))
         schedule = warmup_cosine(optimizer, self.total_steps(), options.warmup, options.min_lr_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Literal
 
 import lightning as L
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_vlm.checkpoint.atomic_io import AtomicCheckpointIO
+from lightning_vlm.checkpoint.atomic_io import use_whole_files
 
 
 class _WholeFiles(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Sees to it that files are whole, unless the user chose who writes them."""
+        """Sees to it that files are whole (`AtomicCheckpointIO`), unless the user chose who writes them."""
         super().setup(trainer, pl_module, stage)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        use_whole_files(trainer.strategy)
 
 
 class RunCheckpoint(_WholeFiles):

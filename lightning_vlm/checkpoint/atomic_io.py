@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 
+from lightning_vlm.checkpoint.trained import load_whole
 from lightning_vlm.schema import StoppingError
 
 
@@ -53,6 +54,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
         finally:
             partial.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loads a file, or what a divided run wrote as a folder, put together.
+
+        Args:
+            path: Of either.
+            *args: As for Lightning's plugin.
+            **kwargs: As for Lightning's plugin.
+        """
+        if "://" not in str(path) and Path(path).is_dir():
+            return load_whole(Path(path))
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+def use_whole_files(strategy: Any) -> None:
+    """Lets a strategy write and read by `AtomicCheckpointIO`, unless the user chose another plugin.
+
+    Args:
+        strategy: Of the Trainer.
+    """
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 def _is_full(error: BaseException | None, partial: Path) -> bool:

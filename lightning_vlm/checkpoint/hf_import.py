@@ -105,11 +105,7 @@ class ImportPlan:
             for num_bytes in pool.map(lambda job: _fill(self.files, *job), jobs):
                 bar.update(num_bytes)
         for name in (made := [name for name, own in names.items() if own in self.values]):
-            local, start = _held(name, state[name])
-            value = self.values[names[name]]
-            for dim, first in enumerate(start):
-                value = value.narrow(dim, first, local.shape[dim])
-            local.copy_(value)
+            copy_held(name, state[name], self.values[names[name]])
         mark_loaded(model, [*made, *(name for _, name, _ in jobs)])
         return report
 
@@ -156,6 +152,20 @@ def _open_thread_pool() -> None:
     threads that come at once fail with "Invalid thread pool!".
     """
     torch.set_num_threads(torch.get_num_threads())
+
+
+def copy_held(name: str, tensor: Tensor, whole: Tensor) -> None:
+    """Copies what this rank holds of a tensor.
+
+    Args:
+        name: For errors.
+        tensor: To copy to: whole, or a shard.
+        whole: What the whole is to be.
+    """
+    local, start = _held(name, tensor)
+    for dim, first in enumerate(start):
+        whole = whole.narrow(dim, first, local.shape[dim])
+    local.copy_(whole)
 
 
 def mark_loaded(model: NemotronVL, names: Iterable[str]) -> None:

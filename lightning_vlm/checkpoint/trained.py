@@ -21,10 +21,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_vlm.checkpoint.shards import PlainReader
 from lightning_vlm.schema import DataError
+from lightning_vlm.training.optimizer_state import by_name
 
 _PREFIX = "model."
 """Of the network inside `NemotronVLModule`."""
-_META = "meta.pt"  # where Lightning keeps what is no tensor, beside the shards
+META = "meta.pt"
+"""Where a folder keeps what is no tensor, beside the shards."""
+OPTIMIZER = "optimizer_"
+"""With its number: what the shards have of an optimizer, as ``<parameter>.<key>``."""
 _LAST = "last.ckpt"
 
 
@@ -61,7 +65,7 @@ class TrainedWeights(Mapping[str, Tensor], ABC):
 class _SingleFile(TrainedWeights):
     def __init__(self, path: Path) -> None:
         self.path = path
-        checkpoint = _load(path, mmap=True)
+        checkpoint = load_plain(path, mmap=True)
         state = checkpoint.pop("state_dict", None) if isinstance(checkpoint, dict) else None
         if not isinstance(state, dict):
             raise DataError(str(path), "it is no checkpoint of a training", "name a .ckpt file of a run")
@@ -87,7 +91,7 @@ class _SingleFile(TrainedWeights):
 class _Shards(TrainedWeights):
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rest = _load(path / _META)
+        self.rest = load_plain(path / META)
         prefix = f"state_dict.{_PREFIX}"
         stored = _plainly(path / ".metadata", lambda: PlainReader(path).read_metadata()).state_dict_metadata
         self._stored = {
@@ -126,7 +130,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         DataError: If there is none.
     """
     path = Path(path)
-    if path.is_file() or (path / _META).is_file():
+    if path.is_file() or (path / META).is_file():
         return path
     for candidate in (path / _LAST, path / "checkpoints" / _LAST):
         if candidate.exists():
@@ -150,8 +154,46 @@ def open_trained(path: Path) -> TrainedWeights:
     return weights
 
 
-def _load(path: Path, mmap: bool = False) -> Any:
+def load_plain(path: Path, mmap: bool = False) -> Any:
+    """A file of PyTorch's, without running code.
+
+    Args:
+        path: The file.
+        mmap: Leave tensors on the disk until they are used.
+
+    Raises:
+        DataError: If there is more in it than plain data and tensors.
+    """
     return _plainly(path, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+
+
+def load_whole(path: Path) -> dict[str, Any]:
+    """A folder of shards as the checkpoint that a single process would have written.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        DataError: If it cannot be read without running code.
+    """
+    reader = _plainly(path / ".metadata", lambda: PlainReader(path))
+    stored = reader.read_metadata().state_dict_metadata
+    state: dict[str, Any] = {}
+    for key, entry in stored.items():
+        kind, _, name = key.partition(".")
+        if isinstance(entry, TensorStorageMetadata):
+            state.setdefault(kind, {})[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    checkpoint = load_plain(path / META)
+    checkpoint["state_dict"] = state.pop("state_dict", {})
+    checkpoint["optimizer_states"] = []
+    for number, groups in enumerate(checkpoint.get("optimizer_layouts", [])):
+        states: dict[str, dict[str, Tensor]] = {}
+        for entry_name, tensor in state.get(f"{OPTIMIZER}{number}", {}).items():
+            name, _, key = entry_name.rpartition(".")
+            states.setdefault(name, {})[key] = tensor
+        checkpoint["optimizer_states"].append(by_name(states, groups))
+    return checkpoint
 
 
 def _plainly(path: Path, read: Callable[[], Any]) -> Any:

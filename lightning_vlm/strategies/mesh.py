@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.distributed import _sync_ddp_if_available
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
 from torch import distributed as dist
@@ -21,7 +23,10 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_vlm.models.nemotron_vl import NemotronVL
+from lightning_vlm.strategies import checkpoints
 from lightning_vlm.strategies.parallelize import Sharding
+from lightning_vlm.training.movement import parameters_at_rest
+from lightning_vlm.training.optimizer_state import flat, names_of, state_by_name
 
 AXES = ("pipeline", "copies", "shards", "tensor")
 
@@ -111,6 +116,33 @@ class MeshStrategy(ModelParallelStrategy):
         torch.set_rng_state(self.broadcast(torch.get_rng_state()))
         with super().model_sharded_context():
             yield
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What this rank holds of the weights, by the whole model's names."""
+        assert self.lightning_module is not None
+        parameters_at_rest(self.lightning_module)
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """What this rank holds of an optimizer's state, as ``<parameter>.<key>``."""
+        assert self.lightning_module is not None
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return flat(state_by_name(inner, names_of(self.lightning_module)))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes a folder, see `lightning_vlm.strategies.checkpoints`.
+
+        Raises:
+            TypeError: If ``storage_options`` are given: shards go to a file system.
+        """
+        if storage_options is not None:
+            raise TypeError(f"storage_options={storage_options!r}: shards are written to a file system; leave them out")
+        checkpoints.save(checkpoint, Path(self.broadcast(filepath)), self.is_global_zero)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads what this rank holds, from a folder or a single file; always as plain data."""
+        assert self.lightning_module is not None
+        return checkpoints.load(Path(self.broadcast(checkpoint_path)), self.lightning_module, self.optimizers)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Over the ranks with different samples."""

@@ -107,6 +107,11 @@ class PipelineStrategy(MeshStrategy):
         model.__dict__["pipeline"] = self._pipeline
         return model
 
+    def setup(self, trainer: Any) -> None:
+        """As of `MeshStrategy`, with nothing collected."""
+        self._collected = []
+        super().setup(trainer)
+
     def training_step(self, batch: VLMBatch, batch_idx: int) -> Tensor:
         """Keeps a micro-batch for `backward`.
 

@@ -127,6 +127,23 @@ def count_steps(trainer: Any, batches: int | None) -> int:
     return min(limits)
 
 
+class GroupSchedule(LambdaLR):
+    """A schedule whose rates are those of the optimizer's groups, also where a checkpoint comes from other groups.
+
+    A stage of a pipeline has groups of its own. What is loaded is the step; the rates came with the optimizer.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a state, after the optimizer has taken its own.
+
+        Args:
+            state_dict: Of such a schedule.
+        """
+        groups = self.optimizer.param_groups
+        rates = {"base_lrs": [group["initial_lr"] for group in groups], "_last_lr": [group["lr"] for group in groups]}
+        super().load_state_dict({**state_dict, **rates, "lr_lambdas": [{} for _ in groups]})
+
+
 def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: int | float, min_lr_ratio: float) -> LambdaLR:
     """Linear warm-up, then a cosine down to a fraction of each group's learning rate.
 
@@ -137,7 +154,11 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: int | float, m
         min_lr_ratio: Learning rate at the end, relative to the peak.
     """
     warmup_steps = round(warmup * total_steps) if warmup < 1 else int(warmup)
-    return get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup_steps, total_steps, min_lr_rate=min_lr_ratio)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, warmup_steps, total_steps, min_lr_rate=min_lr_ratio
+    )
+    schedule.__class__ = GroupSchedule  # adds no state
+    return schedule
 
 
 def _is_decayed(key: str, parameter: nn.Parameter) -> bool:

@@ -24,7 +24,8 @@ TINY = {"pattern": "ME*-", "hidden_size": 32, "vision_hidden_size": 32, "vision_
 class Steps(L.Callback):
     """Notes the loss and the norm of the gradient of each step, the rows, and what validation found."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop_at: int | None) -> None:
+        self.stop_at = stop_at
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.rows: list[list[int]] = []
@@ -36,6 +37,8 @@ class Steps(L.Callback):
         self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.stop_at:
+            trainer.should_stop = True
         if trainer.global_step > self.step:
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
@@ -89,7 +92,7 @@ def fit(file: Path, folder: Path, make_strategy: Callable[[], Any], options: dic
         module["config"] = NemotronVLConfig.tiny(**{**TINY, **options.get("config", {})})
     data = {"train": str(file), "processor": tiny_processor(), "batch_size": 2, "sampler": "sequential"}
     data |= options.get("data", {})
-    steps = Steps()
+    steps = Steps(options.get("stop_at"))
     trainer = L.Trainer(
         accelerator="cpu",
         devices=int(os.environ.get("WORLD_SIZE", "1")),

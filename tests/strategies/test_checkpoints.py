@@ -1,0 +1,50 @@
+"""A checkpoint of any strategy continues under any other, in the middle of an epoch, as if nothing had happened."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+import pytest
+
+from lightning_vlm.strategies import FSDP2Strategy, PipelineStrategy
+from tests.strategies.conftest import TIMEOUT, Fit
+
+# Ranks, strategy, and batches that each step takes: 4 rows, however many ranks look at them.
+WAYS: dict[str, tuple[int, Any, int]] = {
+    "single": (1, lambda: "auto", 2),
+    "ddp": (2, lambda: "ddp", 1),
+    "fsdp2": (2, partial(FSDP2Strategy, timeout=TIMEOUT), 1),
+    "pipeline of 2": (2, partial(PipelineStrategy, timeout=TIMEOUT), 2),
+    "pipeline of 4": (4, partial(PipelineStrategy, stages=4, timeout=TIMEOUT), 2),
+    "pipeline of 2, shards of 2": (4, partial(PipelineStrategy, timeout=TIMEOUT), 1),
+}
+
+
+FOUND: dict[str, Fit] = {}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def go(run, way: str, **options: Any) -> Fit:
+    ranks, make, accumulate = WAYS[way]
+    trainer = {"accumulate_grad_batches": accumulate, "max_steps": 8, "max_epochs": 2}
+    module = {"lr": 3e-3, "warmup": 2}
+    return run(ranks, make, trainer=trainer, module=module, data={"sampler": "shuffle"}, **options)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(WAYS, WAYS)))
+def test_any_strategy_continues_any_other(run, saved, first, second):
+    path = saved / f"{first}.ckpt"
+    if not path.exists():
+        go(run, first, stop_at=4, save=path)
+    if "whole" not in FOUND:
+        FOUND["whole"] = go(run, "single")
+    expected, continued = FOUND["whole"], go(run, second, ckpt_path=path)
+    assert len(expected.losses) == 8
+    assert continued.losses == pytest.approx(expected.losses[4:], rel=1e-5)
+    assert continued.norms == pytest.approx(expected.norms[4:], rel=1e-4)
