@@ -191,11 +191,7 @@ class NemotronVLModule(L.LightningModule):
         return self.model
 
     def training_step(self, batch: VLMBatch, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch, as its share of the whole step's mean.
-
-        Raises:
-            ValueError: See `begin_micro_batch`.
-        """
+        """Loss of one micro-batch, as its share of the whole step's mean."""
         label_tokens = self.begin_micro_batch(batch)
         loss_sum = self._loss_sum(batch)
         self.add_loss(loss_sum.detach() / label_tokens.to(loss_sum.device, loss_sum.dtype))

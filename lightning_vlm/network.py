@@ -35,8 +35,14 @@ def build_network(options: Mapping[str, Any], strategy: Any = None) -> tuple[Nem
 
     Raises:
         DataError: If there is no such model, or its weights do not fit.
+        NotImplementedError: If the optimizer does not work with the strategy.
         ValueError: If nothing would be left to train.
     """
+    if isinstance(strategy, Parallelizes) and options["optimizer"] == "adamw8bit":
+        raise NotImplementedError(
+            f"optimizer 'adamw8bit' does not work with {type(strategy).__name__}: its 8-bit states do not divide, nor "
+            "do checkpoints of shards hold them; set optimizer to adamw, or use another strategy"
+        )
     model, weights = _plan(options)
     model.train()
     recompute_activations(model, options["gradient_checkpointing"])

@@ -85,6 +85,7 @@ def video_info(
 
     Raises:
         MediaError: As for `load_video`, except for damage that only decoding reveals.
+        RuntimeError: As for `load_video`.
     """
     what = describe(ref, "video")
     if (frames := _frame_list(ref)) is not None:
@@ -127,6 +128,7 @@ def load_video(
         MediaError: If the video is missing, not allowed, unreadable, empty, too large, of more chosen frames than the
             policy allows, or a list of images that are refused or differ in size.
         ValueError: If ``num_frames`` or ``fps`` is not positive.
+        RuntimeError: If ``LIGHTNING_VLM_VIDEO_BACKEND`` names a reader of video files that cannot run.
     """
     _check_asked(num_frames, fps)  # here too: inside, any ValueError is a damaged video's
     choose = choose or (lambda total, source_fps: sample_frames(total, source_fps, num_frames, fps))

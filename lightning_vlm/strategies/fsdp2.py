@@ -13,7 +13,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.strategies.mesh import MeshStrategy
-from lightning_vlm.strategies.parallelize import Sharding, compile_layers, shard
+from lightning_vlm.strategies.parallelize import Sharding, shard
 
 
 class FSDP2Strategy(MeshStrategy):
@@ -44,14 +44,12 @@ class FSDP2Strategy(MeshStrategy):
         sharding = Sharding(param_dtype, reduce_dtype, reshard_after_forward, cpu_offload)
         super().__init__(1, shards, 1, sharding, compile_layers, process_group_backend, timeout)
 
-    def parallelize(self, model: NemotronVL) -> NemotronVL:
+    def divide(self, model: NemotronVL) -> NemotronVL:
         """Shards a model in place.
 
         Args:
             model: On the meta device or not.
         """
-        if self.compiles_layers:
-            compile_layers(model)
         shard([model], model, self.sharding_mesh, self.sharding)
         return model
 

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.strategies import checkpoints
-from lightning_vlm.strategies.parallelize import Sharding
+from lightning_vlm.strategies.parallelize import Sharding, compile_layers
 from lightning_vlm.training.movement import parameters_at_rest
 from lightning_vlm.training.optimizer_state import flat, names_of, state_by_name
 
@@ -39,7 +39,7 @@ class MeshStrategy(ModelParallelStrategy):
         shards: Ranks that share one copy of the model by FSDP2; ``None`` for all that there are.
         tensor: Ranks that share every layer.
         sharding: How FSDP2 shards.
-        compile_layers: Compile each layer of the language model.
+        compiles_layers: Compile each layer of the language model.
         process_group_backend: As of Lightning's strategies.
         timeout: Of collectives.
     """
@@ -50,7 +50,7 @@ class MeshStrategy(ModelParallelStrategy):
         shards: int | None,
         tensor: int,
         sharding: Sharding,
-        compile_layers: bool = False,
+        compiles_layers: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -60,11 +60,38 @@ class MeshStrategy(ModelParallelStrategy):
                 raise ValueError(f"strategy.{name} is {size}; expected at least 1")
         self.stages, self.shards, self.tensor = stages, shards, tensor
         self.sharding = sharding
-        self.compiles_layers = compile_layers
+        self.compiles_layers = compiles_layers
+        self._divided = False
 
     def parallelize(self, model: NemotronVL) -> NemotronVL:
-        """Divides a model over the grid, see `Parallelizes`."""
+        """Divides a model over the grid, in place.
+
+        Args:
+            model: Whole, on the meta device or not.
+        """
+        self._divided = True
+        if self.compiles_layers:
+            compile_layers(model)
+        return self.divide(model)
+
+    def divide(self, model: NemotronVL) -> NemotronVL:
+        """What `parallelize` does, by each strategy."""
         raise NotImplementedError
+
+    def setup(self, trainer: Any) -> None:
+        """Takes over a module that is divided.
+
+        Raises:
+            TypeError: If it is not.
+        """
+        if not self._divided:
+            module = type(self.lightning_module).__name__
+            raise TypeError(
+                f"{type(self).__name__} got a {module} whose model is not divided; train a NemotronVLModule that the "
+                "Trainer lets make its model (it was made before, or by another Trainer's fit), or call "
+                "trainer.strategy.parallelize(model) in configure_model"
+            )
+        super().setup(trainer)
 
     def setup_environment(self) -> None:
         """Starts the process group and lays out the grid.

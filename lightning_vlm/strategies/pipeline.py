@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.constants import default_pg_timeout
@@ -22,7 +24,7 @@ from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.schema import VLMBatch
 from lightning_vlm.strategies.mesh import MeshStrategy
 from lightning_vlm.strategies.micro_batches import blank_like, equal_shapes
-from lightning_vlm.strategies.parallelize import Sharding, compile_layers, shard
+from lightning_vlm.strategies.parallelize import Sharding, shard
 from lightning_vlm.strategies.schedules import Pipeline, ScheduleName, check_schedule, stages_of_ranks
 from lightning_vlm.strategies.staged_model import StagedNemotronVL
 from lightning_vlm.strategies.stages import Stage, StageInputs, cut, divide_by_parameters, hidden_dtype
@@ -83,7 +85,7 @@ class PipelineStrategy(MeshStrategy):
             raise RuntimeError("the model is not divided yet; the module makes it with build_network")
         return self._pipeline
 
-    def parallelize(self, model: NemotronVL) -> NemotronVL:
+    def divide(self, model: NemotronVL) -> NemotronVL:
         """Cuts a model to what this rank holds, in place.
 
         Args:
@@ -95,8 +97,6 @@ class PipelineStrategy(MeshStrategy):
         own = [index for index, owner in enumerate(owners) if owner == rank]
         ends = {index: (index == 0, index == len(owners) - 1) for index in own}
         cut(model, [(layers[index], *ends[index]) for index in own])
-        if self.compiles_layers:
-            compile_layers(model)
         stages = {index: Stage(model, layers[index], *ends[index]) for index in own}
         if self.data_mesh.size() > 1:
             shard(list(stages.values()), model, self.sharding_mesh, self.sharding)
@@ -108,9 +108,16 @@ class PipelineStrategy(MeshStrategy):
         return model
 
     def setup(self, trainer: Any) -> None:
-        """As of `MeshStrategy`, with nothing collected."""
+        """Starts with nothing collected; says where steps have too few micro-batches to fill the pipeline."""
         self._collected = []
         super().setup(trainer)
+        given = trainer.accumulate_grad_batches
+        if trainer.state.fn == TrainerFn.FITTING and (needed := self.pipeline.num_micro_batches(given)) > given:
+            rank_zero_warn(
+                f"trainer.accumulate_grad_batches is {given}, and a step of {self.stages} stages runs in rounds of "
+                f"{self.stages} micro-batches: {needed - given} of {needed} are blank; set it to a multiple of "
+                f"{self.stages}, large ones leave ranks idle for less of the time"
+            )
 
     def training_step(self, batch: VLMBatch, batch_idx: int) -> Tensor:
         """Keeps a micro-batch for `backward`.
