@@ -1,9 +1,10 @@
 """RunCheckpoint and BestCheckpoint: Lightning's ModelCheckpoint with the settings under which no night is lost.
 
-It saves every so many steps, at any exception (SIGTERM included), and at the end of the run, which ModelCheckpoint
-leaves out when the number of steps is not a multiple. ``last.ckpt`` is always the newest of them; a second run in the
-same folder replaces it instead of writing ``last-v1.ckpt`` beside it. A file is whole or not there
-(`AtomicCheckpointIO`).
+It saves every so many steps, at the end of the run, which ModelCheckpoint leaves out when the number of steps is not a
+multiple, and at any exception, SIGTERM included. (Where a model is divided over ranks at SIGTERM only: it reaches all of
+them, but an error of one leaves the others waiting.) ``last.ckpt`` is always the newest of them; a second run in the same
+folder replaces it instead of writing ``last-v1.ckpt`` beside it. A checkpoint is whole or not there
+(`AtomicCheckpointIO`, `lightning_vlm.strategies.checkpoints`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_vlm.checkpoint.atomic_io import use_whole_files
+from lightning_vlm.strategies.mesh import MeshStrategy
 
 
 class _WholeFiles(ModelCheckpoint):
@@ -22,6 +25,12 @@ class _WholeFiles(ModelCheckpoint):
         """Sees to it that files are whole (`AtomicCheckpointIO`), unless the user chose who writes them."""
         super().setup(trainer, pl_module, stage)
         use_whole_files(trainer.strategy)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Saves, unless other ranks that hold parts of the model would have to join in and may not."""
+        if isinstance(trainer.strategy, MeshStrategy) and not isinstance(exception, SIGTERMException):
+            return  # a SIGTERM reaches all ranks between two batches
+        super().on_exception(trainer, pl_module, exception)
 
 
 class RunCheckpoint(_WholeFiles):

@@ -7,6 +7,9 @@ see the same ones and hold the same values, so sums and means over ranks are ove
 
 from __future__ import annotations
 
+import logging
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
@@ -27,6 +29,9 @@ from lightning_vlm.strategies import checkpoints
 from lightning_vlm.strategies.parallelize import Sharding, compile_layers
 from lightning_vlm.training.movement import parameters_at_rest
 from lightning_vlm.training.optimizer_state import flat, names_of, state_by_name
+
+log = logging.getLogger(__name__)
+_PATIENCE_S = 3
 
 AXES = ("pipeline", "copies", "shards", "tensor")
 
@@ -175,7 +180,29 @@ class MeshStrategy(ModelParallelStrategy):
         """Over the ranks with different samples."""
         if not isinstance(tensor, Tensor):
             return tensor
-        return _sync_ddp_if_available(tensor, group or self.data_mesh.get_group(), reduce_op=reduce_op)
+        group = group or self.data_mesh.get_group()
+        mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
+        op: Any = reduce_op
+        if isinstance(reduce_op, str):
+            op = dist.ReduceOp.SUM if mean else getattr(dist.ReduceOp, reduce_op.upper())
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, op=op, group=group)
+        return total / dist.get_world_size(group) if mean else total
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Says which of the processes that this one started has died: the others only see a connection break."""
+        processes = getattr(self._launcher, "procs", [])
+        for _ in range(_PATIENCE_S):
+            codes = {number: process.poll() for number, process in enumerate(processes, start=1)}
+            dead = {number: code for number, code in codes.items() if code}
+            if dead or not processes or not isinstance(exception, RuntimeError):
+                break
+            time.sleep(1)
+        else:
+            return
+        for number, code in dead.items():
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            log.error("local rank %d %s; look there for the cause of errors of other ranks", number, how)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Over all ranks."""
