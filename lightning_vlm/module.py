@@ -38,7 +38,7 @@ from lightning_vlm.strategies.checkpoints import layouts
 from lightning_vlm.strategies.ranks import data_ranks
 from lightning_vlm.training.freezing import check_new_is_trained
 from lightning_vlm.training.generation import generate_answers
-from lightning_vlm.training.gradients import gradient_norm
+from lightning_vlm.training.gradients import clip_gradients, gradient_norm
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
 from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens
 from lightning_vlm.training.optim import OptimizerName, count_steps, warmup_cosine
@@ -245,7 +245,7 @@ class NemotronVLModule(L.LightningModule):
         if not gradient_clip_val or gradient_clip_val < 0 or gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif self._gradient_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._gradient_norm)
+            clip_gradients(self.parameters(), gradient_clip_val, self._gradient_norm)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None

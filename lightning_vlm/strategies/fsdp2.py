@@ -13,7 +13,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.strategies.mesh import MeshStrategy
-from lightning_vlm.strategies.parallelize import Sharding, shard
+from lightning_vlm.strategies.parallelize import Sharding, apply
 
 
 class FSDP2Strategy(MeshStrategy):
@@ -21,6 +21,7 @@ class FSDP2Strategy(MeshStrategy):
 
     Args:
         shards: Ranks that share one copy of the model, e.g. those of a node (hybrid sharding); all by default.
+        tensor: Ranks that compute each layer together (tensor parallelism), on the same samples.
         param_dtype: See `Sharding`.
         reduce_dtype: See `Sharding`.
         reshard_after_forward: See `Sharding`.
@@ -33,6 +34,7 @@ class FSDP2Strategy(MeshStrategy):
     def __init__(
         self,
         shards: int | None = None,
+        tensor: int = 1,
         param_dtype: str | None = None,
         reduce_dtype: str = "float32",
         reshard_after_forward: bool = True,
@@ -42,15 +44,16 @@ class FSDP2Strategy(MeshStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         sharding = Sharding(param_dtype, reduce_dtype, reshard_after_forward, cpu_offload)
-        super().__init__(1, shards, 1, sharding, compile_layers, process_group_backend, timeout)
+        super().__init__(1, shards, tensor, sharding, compile_layers, process_group_backend, timeout)
 
     def divide(self, model: NemotronVL) -> NemotronVL:
-        """Shards a model in place.
+        """Divides layers, then shards, in place.
 
         Args:
             model: On the meta device or not.
         """
-        shard([model], model, self.sharding_mesh, self.sharding)
+        tensor = self.device_mesh["tensor"] if self.tensor > 1 else None
+        apply(model, [model], tensor, self.compiles_layers, self.sharding_mesh, self.sharding)
         return model
 
 

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.strategies import checkpoints
-from lightning_vlm.strategies.parallelize import Sharding, compile_layers
+from lightning_vlm.strategies.parallelize import Sharding
 from lightning_vlm.training.movement import parameters_at_rest
 from lightning_vlm.training.optimizer_state import flat, names_of, state_by_name
 
@@ -75,8 +75,6 @@ class MeshStrategy(ModelParallelStrategy):
             model: Whole, on the meta device or not.
         """
         self._divided = True
-        if self.compiles_layers:
-            compile_layers(model)
         return self.divide(model)
 
     def divide(self, model: NemotronVL) -> NemotronVL:

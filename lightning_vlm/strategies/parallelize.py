@@ -1,4 +1,4 @@
-"""How a model is divided over ranks: one function, one order. Tensor parallel, then compiling, then FSDP2.
+"""How a model is divided over ranks: one function, `apply`, one order. Tensor parallel, then compiling, then FSDP2.
 
 Recomputation is set on the model before (`lightning_vlm.training.recomputation`): transformers recomputes inside its
 layers, so what FSDP2 gathers for a layer is gathered for its recomputation too.
@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from lightning_vlm.models.nemotron_vl import NemotronVL
+from lightning_vlm.strategies.tensor_parallel import divide_layers
 
 
 @runtime_checkable
@@ -89,6 +90,32 @@ def compile_layers(model: NemotronVL) -> None:
     """
     for layer in model.language_model.model.layers:
         layer.compile()
+
+
+def apply(
+    model: NemotronVL,
+    roots: list[nn.Module],
+    tensor: DeviceMesh | None,
+    compiles_layers: bool,
+    mesh: DeviceMesh | None,
+    sharding: Sharding,
+) -> None:
+    """Divides a model in place, in the one order that works.
+
+    Args:
+        model: Whole, or cut to what a pipeline's rank has.
+        roots: What is called from outside: the model, or the stages of a pipeline.
+        tensor: Ranks that compute each layer together.
+        compiles_layers: Whether the language model's layers are compiled.
+        mesh: Ranks that share its parameters by FSDP2; ``None`` where there is but one.
+        sharding: How they do.
+    """
+    if tensor is not None:
+        divide_layers(model, tensor)
+    if compiles_layers:
+        compile_layers(model)
+    if mesh is not None:
+        shard(roots, model, mesh, sharding)
 
 
 def shard(roots: list[nn.Module], model: NemotronVL, mesh: DeviceMesh, sharding: Sharding) -> None:

@@ -24,7 +24,7 @@ from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.schema import VLMBatch
 from lightning_vlm.strategies.mesh import MeshStrategy
 from lightning_vlm.strategies.micro_batches import blank_like, equal_shapes
-from lightning_vlm.strategies.parallelize import Sharding, shard
+from lightning_vlm.strategies.parallelize import Sharding, apply
 from lightning_vlm.strategies.schedules import Pipeline, ScheduleName, check_schedule, stages_of_ranks
 from lightning_vlm.strategies.staged_model import StagedNemotronVL
 from lightning_vlm.strategies.stages import Stage, StageInputs, cut, divide_by_parameters, hidden_dtype
@@ -98,8 +98,8 @@ class PipelineStrategy(MeshStrategy):
         ends = {index: (index == 0, index == len(owners) - 1) for index in own}
         cut(model, [(layers[index], *ends[index]) for index in own])
         stages = {index: Stage(model, layers[index], *ends[index]) for index in own}
-        if self.data_mesh.size() > 1:
-            shard(list(stages.values()), model, self.sharding_mesh, self.sharding)
+        mesh = self.sharding_mesh if self.data_mesh.size() > 1 else None
+        apply(model, list(stages.values()), None, self.compiles_layers, mesh, self.sharding)
         dtype = hidden_dtype(model) if self.sharding.param_dtype is None else getattr(torch, self.sharding.param_dtype)
         size = model.config.text_config.hidden_size
         self._pipeline = Pipeline(stages, owners, self.schedule, self.stage_group, self.root_device, size, dtype)

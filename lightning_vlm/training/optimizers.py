@@ -109,15 +109,20 @@ def state_bytes(model: NemotronVL, optimizer: str) -> int:
 
 
 def _fused(group: dict[str, Any]) -> dict[str, Any]:
-    return {**group, "fused": True} if _can_fuse(group["params"]) else group
+    if _can_fuse(group["params"]):
+        return {**group, "fused": True}
+    return {**group, "foreach": False} if len(_meshes(group["params"])) > 1 else group
 
 
 def _can_fuse(parameters: Sequence[Tensor]) -> bool:
     """Whether one kernel can take them all: shards do not mix with whole tensors, nor with those of another mesh."""
-    meshes = {parameter.device_mesh if isinstance(parameter, DTensor) else None for parameter in parameters}
-    return len(meshes) == 1 and all(
+    return len(_meshes(parameters)) == 1 and all(
         parameter.device.type in _FUSED_ON and parameter.is_floating_point() for parameter in parameters
     )
+
+
+def _meshes(parameters: Sequence[Tensor]) -> set[object]:
+    return {parameter.device_mesh if isinstance(parameter, DTensor) else None for parameter in parameters}
 
 
 def _adamw8bit() -> Any:

@@ -17,6 +17,7 @@ import torch.multiprocessing
 
 from lightning_vlm import NemotronVLConfig, NemotronVLModule, VLMDataModule
 from lightning_vlm.processing.tiny import tiny_processor
+from lightning_vlm.strategies.ranks import data_ranks
 
 TINY = {"pattern": "ME*-", "hidden_size": 32, "vision_hidden_size": 32, "vision_layers": 1}
 
@@ -74,6 +75,12 @@ class Fit:
         return self._same("val")
 
     @property
+    def rows(self) -> list[int]:
+        """Of all batches of all ranks with data of their own, in the order of the batches."""
+        own = {rank["data_rank"]: rank["rows"] for rank in self.ranks}
+        return [row for batches in zip(*own.values()) for batch in batches for row in batch]
+
+    @property
     def answers(self) -> dict[str, str]:
         """The last answers of validation, of all ranks."""
         return {Path(row).name: text for rank in self.ranks for row, text in rank["answers"].items()}
@@ -109,7 +116,8 @@ def fit(file: Path, folder: Path, make_strategy: Callable[[], Any], options: dic
     trainer.fit(network, datamodule=VLMDataModule(**data), ckpt_path=options.get("ckpt_path"))
     if "save" in options:
         trainer.save_checkpoint(options["save"])
-    written = {name: getattr(steps, name) for name in ("losses", "norms", "rows", "val", "answers")}
+    written: dict[str, Any] = {name: getattr(steps, name) for name in ("losses", "norms", "rows", "val", "answers")}
+    written["data_rank"] = data_ranks(trainer)[1]
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(written))
 
 

@@ -35,6 +35,17 @@ def test_one_device_is_one_shard(run, reference):
     assert_same(run(1, fsdp2), reference())
 
 
+@pytest.mark.parametrize("data", [{}, {"packing": True, "batch_tokens": 200}], ids=["padded", "packed"])
+def test_two_ranks_compute_each_layer_together(run, reference, data):
+    options = {"data": data, "trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}}
+    assert_same(run(2, partial(fsdp2, tensor=2), **options), reference(**options))
+
+
+def test_shards_of_parts_of_layers(run, reference):
+    options = {"trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}}
+    assert_same(run(4, partial(fsdp2, tensor=2), **options), reference(2, **options))
+
+
 def test_weights_may_be_gathered_in_half_precision(run, reference):
     divided = run(2, partial(fsdp2, param_dtype="bfloat16"))
     assert_same(divided, reference(data={"batch_size": 4}), rel=2e-2)

@@ -44,6 +44,13 @@ def test_too_many_stages_for_the_layers():
         (3, lambda: FSDP2Strategy(2, timeout=TIMEOUT), {}, "shards=2 and tensor=1 need a multiple of 2 processes"),
         (2, lambda: PipelineStrategy(timeout=TIMEOUT), {"module": {"optimizer": "adamw8bit"}}, "do not divide"),
         (2, lambda: FSDP2Strategy(timeout=TIMEOUT), {"module": {"optimizer": "adamw8bit"}}, "do not divide"),
+        (3, lambda: FSDP2Strategy(tensor=3, timeout=TIMEOUT), {}, "num_attention_heads is 4, which it does not divide"),
+        (
+            2,
+            lambda: FSDP2Strategy(tensor=2, timeout=TIMEOUT),
+            {"module": {"lora": {"rank": 2, "alpha": 4, "language": ["attention"]}}},
+            "lora does not work with strategy.tensor above 1",
+        ),
         (2, lambda: PipelineStrategy(timeout=TIMEOUT), {"trainer": {"precision": "16-mixed"}}, "16-mixed"),
         (2, lambda: PipelineStrategy(timeout=TIMEOUT), {"callbacks": [WeightEMA()]}, "WeightEMA does not work with"),
     ],

@@ -19,16 +19,20 @@ __all__ = ["make_theirs", "shake"]
 LORA = {"rank": 2, "alpha": 4, "language": ["attention", "mamba", "mlp"], "projector": "full"}
 WAYS = {
     "fsdp2": (2, partial(FSDP2Strategy, timeout=TIMEOUT), 1),
+    "fsdp2 of layers in parts": (4, partial(FSDP2Strategy, tensor=2, timeout=TIMEOUT), 1),
     "pipeline": (2, partial(PipelineStrategy, timeout=TIMEOUT), 2),
     "pipeline of shards": (4, partial(PipelineStrategy, timeout=TIMEOUT), 1),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "module",
-    [{}, {"from_scratch": ["projector"]}, {"lora": LORA, "from_scratch": ["projector"]}],
-    ids=["full", "new projector", "lora"],
+    ("way", "module"),
+    [
+        *((way, {}) for way in WAYS),
+        *((way, {"from_scratch": ["projector"]}) for way in WAYS),
+        *((way, {"lora": LORA, "from_scratch": ["projector"]}) for way in WAYS if "parts" not in way),
+    ],
+    ids=str,
 )
 def test_a_divided_run_is_exported_like_one_process(run, make_theirs, make_task, tmp_path, way, module):
     base = tmp_path / "base"

@@ -1,0 +1,103 @@
+"""Tensor parallelism: the ranks of a group compute one layer together, on the same tokens.
+
+Attention is divided by heads, MLPs and experts by their inner width, the vocabulary by rows: each layer then sums up
+over the group once, in the forward and in the backward pass. Mamba layers, norms, routers, towers and projectors are
+whole on every rank, which computes them for itself: their state has no axis that the released sizes divide well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHAttention, NemotronHMLP, NemotronHMoE
+
+from lightning_vlm.models.lora import has_adapters
+from lightning_vlm.models.nemotron_vl import NemotronVL
+
+
+class StackedExperts(ParallelStyle):
+    """Stacks of experts ``up_proj (E, I, H)`` and ``down_proj (E, H, I)``, divided by their inner width ``I``."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        dims = {"up_proj": 1, "down_proj": 2}
+        for name, dim in dims.items():
+            weight = distribute_tensor(module.get_parameter(name), device_mesh, [Shard(dim)])
+            module.register_parameter(name, nn.Parameter(weight, requires_grad=weight.requires_grad))
+
+        def enter(experts: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            for name, dim in dims.items():  # what the forward finds by these names
+                weight: Any = experts._parameters[name]
+                experts.__dict__[name] = weight.to_local(grad_placements=[Shard(dim)])
+            states, chosen, weights = inputs
+            return _enter(states, device_mesh), chosen, _enter(weights, device_mesh)
+
+        def leave(experts: nn.Module, inputs: Any, output: Tensor | None) -> Tensor | None:
+            for name in dims:
+                experts.__dict__.pop(name, None)
+            if output is None:
+                return None
+            return (
+                DTensor.from_local(output, device_mesh, [Partial()]).redistribute(placements=[Replicate()]).to_local()
+            )
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, always_call=True)
+        return module
+
+
+def divide_layers(model: NemotronVL, mesh: DeviceMesh) -> None:
+    """Divides the language model in place.
+
+    Args:
+        model: Whole, on the meta device or not.
+        mesh: The ranks of the group.
+
+    Raises:
+        ValueError: If heads or inner widths do not divide by their number.
+        NotImplementedError: If the model has adapters.
+    """
+    if has_adapters(model):
+        raise NotImplementedError("lora does not work with strategy.tensor above 1; set it to 1, or train in full")
+    _check_sizes(model, mesh.size())
+    columns, rows = ColwiseParallel(), RowwiseParallel()
+    whole = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model.language_model.lm_head, mesh, whole)
+    parallelize_module(model.language_model.model.embeddings, mesh, RowwiseParallel(input_layouts=Replicate()))
+    mlp: dict[str, ParallelStyle] = {"up_proj": columns, "down_proj": rows}
+    for layer in model.language_model.model.layers:
+        mixer = layer.mixer
+        if isinstance(mixer, NemotronHAttention):
+            parallelize_module(mixer, mesh, {"q_proj": columns, "k_proj": columns, "v_proj": columns, "o_proj": rows})
+        elif isinstance(mixer, NemotronHMoE):
+            parallelize_module(mixer.experts, mesh, StackedExperts())
+            parallelize_module(mixer.shared_experts, mesh, mlp)
+        elif isinstance(mixer, NemotronHMLP):
+            parallelize_module(mixer, mesh, mlp)
+
+
+def _enter(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The same tensor, whose gradient is summed up over the group."""
+    return DTensor.from_local(tensor, mesh, [Replicate()]).to_local(grad_placements=[Partial()])
+
+
+def _check_sizes(model: NemotronVL, ranks: int) -> None:
+    config = model.config.text_config
+    kinds = {type(layer.mixer) for layer in model.language_model.model.layers}
+    sizes: dict[str, int] = {}
+    if NemotronHAttention in kinds:
+        sizes |= {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    if NemotronHMLP in kinds:
+        sizes["intermediate_size"] = config.intermediate_size
+    if NemotronHMoE in kinds:
+        names = ("moe_intermediate_size", "moe_shared_expert_intermediate_size")
+        sizes |= {name: getattr(config, name) for name in names}
+    for name, size in sizes.items():
+        if size % ranks:
+            raise ValueError(
+                f"strategy.tensor is {ranks}, and the model's {name} is {size}, which it does not divide; expected a "
+                f"divisor of all of {', '.join(f'{key}={value}' for key, value in sizes.items())}"
+            )
