@@ -51,6 +51,7 @@ bench: $(VENV)/.installed  ## Measure the claims, each beside its peer
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/video_memory.py
 	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/strategies.py
 
 clean:  ## Remove the environment, data and runs
 	rm -rf $(VENV) data runs

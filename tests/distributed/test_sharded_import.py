@@ -56,18 +56,20 @@ def load(folder: Path, kind: str, rank: int) -> dict[str, Any]:
         "inv_freq": model.audio_tower.encode_positions.inv_freq.clone(),
         "held": sum(value.numel() for value in held),
         "all": sum(value.numel() for value in stored),
-        "read": files.read_numbers,
+        "read": sum(files.counts),
     }
 
 
 class CountingFiles(WeightFiles):
     """Counts the numbers that are read."""
 
-    read_numbers = 0
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.counts: list[int] = []  # several threads read
 
     def read_into(self, target: torch.Tensor, key: str, start: Any = None) -> None:
         if not is_not_ours(key):  # read whole, to compare the tower's normalisation with the config
-            self.read_numbers += target.numel()
+            self.counts.append(target.numel())
         super().read_into(target, key, start)
 
 

@@ -13,7 +13,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts,
 
 from lightning_vlm import NemotronVL, NemotronVLConfig
 from lightning_vlm.training.freezing import freeze
-from lightning_vlm.training.optim import parameter_groups, warmup_cosine
+from lightning_vlm.training.optim import check_no_decay, parameter_groups, warmup_cosine
 
 RATES = {"vision": 1e-6, "projector": 1e-4, "language": 1e-5}
 
@@ -223,7 +223,7 @@ def test_named_parameters_are_spared_from_weight_decay(model):
 @pytest.mark.parametrize("pattern", ["language_model.model.embeddings.weight", "vision.encoder.layers.*", "lm_head"])
 def test_a_pattern_that_matches_nothing_is_an_error(model, pattern):
     with pytest.raises(ValueError, match=rf"no_decay names '{re.escape(pattern)}', which matches none of the model's"):
-        parameter_groups(model, RATES, 0.1, no_decay=["language.*", pattern])
+        check_no_decay(model, ["language.*", pattern])
 
 
 def test_a_pattern_may_name_a_part_that_is_frozen(model):
