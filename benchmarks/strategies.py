@@ -5,9 +5,9 @@
 One thread per process, text of one length. *Steps*: the same eight rows per step under each strategy, as a ratio to
 DDP on as many processes. *Bubbles*: the share of a step over m micro-batches in which a rank has nothing to do,
 measured as 1 - m * t / T(m), where t, for which a micro-batch keeps the slowest rank busy, is the slope of T between
-two numbers of micro-batches. Beside it what theory says of p ranks with v stages each: (p - 1) / (v * m + p - 1) (GPipe,
-PipeDream flush, Megatron's interleaving); zero-bubble schedules are to have less than a third of it. *Checkpoints*: a
-folder of shards written and read, beside Lightning's own ModelParallelStrategy and a single file.
+two numbers of micro-batches. Beside it what theory says of p ranks with v stages each: (p - 1) / (v * m + p - 1)
+(GPipe, PipeDream flush, Megatron's interleaving); zero-bubble schedules are to have less than a third of it.
+*Checkpoints*: a folder of shards written and read, beside Lightning's own ModelParallelStrategy and a single file.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ The whole way of a sample, and where to look for each thing on it:
     its parts        models/parts.py         the map by which they are frozen, trained and told; models/architecture.py
     packed layers    ops/ssd.py              the Mamba scan with resets; ops/causal_conv.py, attention.py, mamba.py
     loss             training/losses.py      sum of token losses, divided by the label tokens of the whole step
-    many devices     strategies/             FSDP2, tensor parallel and pipeline; parallelize.py divides, network.py makes and fills
+    many devices     strategies/             FSDP2, tensor parallel, pipeline; network.py makes, divides and fills
     step, scores     module.py               NemotronVLModule; training/optim.py, freezing.py, metrics.py
     nothing lost     data/ledger.py          every planned sample accounted for; training/isolation.py proves packing
     command line     cli.py                  lightning-vlm fit | validate | test | predict; commands/ look before a run

@@ -378,6 +378,7 @@ class VLMDataModule(L.LightningDataModule):
             pin_memory=self._pins_memory(),
             strict=self.bad_samples.strict,
             blank=blank,
+            share=getattr(self.trainer.strategy, "share_batches", None) if self.trainer is not None else None,
             **options,
         )
 

@@ -7,14 +7,12 @@ and in the precision of the Trainer.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import ModuleDict
@@ -36,12 +34,13 @@ from lightning_vlm.processing.processor import NemotronVLProcessor
 from lightning_vlm.schema import DataError, VLMBatch, file_of
 from lightning_vlm.strategies.checkpoints import layouts
 from lightning_vlm.strategies.ranks import data_ranks
+from lightning_vlm.training.balancing import StepBalance
 from lightning_vlm.training.freezing import check_new_is_trained
 from lightning_vlm.training.generation import generate_answers
 from lightning_vlm.training.gradients import clip_gradients, gradient_norm
 from lightning_vlm.training.losses import divide_loss, step_label_tokens
-from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens
-from lightning_vlm.training.optim import OptimizerName, count_steps, warmup_cosine
+from lightning_vlm.training.metrics import SCORES, AnswerScore, MeanOverTokens, take_scores
+from lightning_vlm.training.optim import OptimizerName, check_accumulation, count_steps, warmup_cosine
 from lightning_vlm.training.optimizer_state import names_of, take_names
 from lightning_vlm.training.optimizers import check_optimizer, make_optimizer, require_optimizer
 from lightning_vlm.training.pairing import pair
@@ -76,14 +75,16 @@ class NemotronVLModule(L.LightningModule):
             named among ``vision``, ``audio`` and ``language``.
         vision_micro_batch: Most frames (images, tiles, frames of videos) of one pass of the vision tower and its
             projector, so that a long video needs no more memory than these; all at once by default.
+        load_balancing: Coefficient of the load-balancing loss of each layer of experts, which spreads tokens over
+            them, e.g. 1e-4; 0 for none.
         generate_on_validation: Score generated answers in validation, besides the loss.
         max_new_tokens: Longest generated answer.
         generation: Further arguments of transformers' ``generate``, e.g. ``{do_sample: true, temperature: 0.6}``;
             greedy by default.
 
     Raises:
-        ValueError: If not exactly one of ``model_id`` and ``config`` is given, or ``freeze`` or ``lr`` names an unknown
-            part.
+        ValueError: If not exactly one of ``model_id`` and ``config`` is given, ``freeze`` or ``lr`` names an unknown
+            part, or a number is out of its range.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class NemotronVLModule(L.LightningModule):
         lora: Lora | dict[str, Any] | None = None,
         gradient_checkpointing: bool | list[str] = False,
         vision_micro_batch: int | None = None,
+        load_balancing: float = 0.0,
         generate_on_validation: bool = True,
         max_new_tokens: int = 64,
         generation: dict[str, Any] | None = None,
@@ -132,6 +134,7 @@ class NemotronVLModule(L.LightningModule):
         self._step_loss: Tensor | None = None
         self._gradient_norm: Tensor | None = None  # before clipping
         self.reached = ReachedMedia()
+        self.balance = StepBalance(load_balancing)
         self._applied = (0, 0)  # epoch, and batches of it whose gradient is in the weights
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
 
@@ -154,17 +157,15 @@ class NemotronVLModule(L.LightningModule):
         Raises:
             NotImplementedError: If a callback changes ``accumulate_grad_batches`` during the run.
             ImportError: If the optimizer's package is missing.
+            ValueError: If load balancing does not work with the precision.
         """
         use_whole_files(self.trainer.strategy)
         if stage == "fit":
-            if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
-                raise NotImplementedError(
-                    "GradientAccumulationScheduler is not supported: the number of steps and an exact resume would not "
-                    "follow it; set trainer.accumulate_grad_batches"
-                )
+            check_accumulation(self.trainer)
             require_optimizer(self.hparams.optimizer)
             self._applied, self._step_loss = (0, 0), None  # a checkpoint is loaded after this
-            self.reached = ReachedMedia()
+            self.reached, self.balance = ReachedMedia(), StepBalance(self.hparams.load_balancing)
+            self.balance.check_precision(self.trainer.precision_plugin)
         datamodule = self._datamodule
         if datamodule is None:
             return
@@ -193,9 +194,11 @@ class NemotronVLModule(L.LightningModule):
     def training_step(self, batch: VLMBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, as its share of the whole step's mean."""
         label_tokens = self.begin_micro_batch(batch)
-        loss_sum = self._loss_sum(batch)
+        ranks = data_ranks(self.trainer)[0]
+        told = self.balance.begin(batch, self.network.config.text_config, label_tokens, ranks)
+        loss_sum = self._loss_sum(batch, **told)
         self.add_loss(loss_sum.detach() / label_tokens.to(loss_sum.device, loss_sum.dtype))
-        return divide_loss(loss_sum, label_tokens, self.trainer.accumulate_grad_batches, data_ranks(self.trainer)[0])
+        return divide_loss(loss_sum, label_tokens, self.trainer.accumulate_grad_batches, ranks)
 
     def begin_micro_batch(self, batch: VLMBatch) -> Tensor:
         """Enters a micro-batch; returns the label tokens of its whole step over all ranks, a float64 scalar.
@@ -237,6 +240,8 @@ class NemotronVLModule(L.LightningModule):
             loss = self.trainer.strategy.reduce(self._step_loss, reduce_op="sum")
             self.log("train/loss", loss, prog_bar=True)
             self._step_loss = None
+        if (balance := self.balance.take(self.trainer.strategy.reduce, stages)) is not None:
+            self.log("train/load_balance", balance)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -318,11 +323,13 @@ class NemotronVLModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the scores of the whole validation set."""
-        self._log_scores("val")
+        for name, value in take_scores(self.scores, "val"):
+            self.log(name, value)
 
     def on_test_epoch_end(self) -> None:
         """Logs the scores of the whole test set."""
-        self._log_scores("test")
+        for name, value in take_scores(self.scores, "test"):
+            self.log(name, value)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer with groups by part, warm-up and cosine over our own count of steps."""
@@ -349,10 +356,11 @@ class NemotronVLModule(L.LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
         return datamodule if isinstance(datamodule, VLMDataModule) else None
 
-    def _loss_sum(self, batch: VLMBatch) -> Tensor:
+    def _loss_sum(self, batch: VLMBatch, **told: Any) -> Tensor:
+        inputs = {**batch.model_inputs(), **told}
         try:
             return self.network(
-                **batch.model_inputs(), labels=batch.labels, num_items_in_batch=1, skip_logits=True, use_cache=False
+                **inputs, labels=batch.labels, num_items_in_batch=1, skip_logits=True, use_cache=False
             ).loss
         except FusionError as error:
             if error.row is None:
@@ -378,20 +386,6 @@ class NemotronVLModule(L.LightningModule):
     def _scores(self, key: str) -> dict[str, AnswerScore]:
         """The scores of a split or of one of its groups; none for rows of a datamodule that is not ours."""
         return dict(self.scores[key].items()) if key in self.scores else {}  # type: ignore[operator]
-
-    def _log_scores(self, split: str) -> None:
-        for key in self.scores:
-            where, _, group = key.partition("/")
-            if where != split:
-                continue
-            for name, score in self._scores(key).items():
-                # Every rank computes every score, also one it has no answers for: computing is a collective call.
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-                    value = score.compute()
-                if not value.isnan():
-                    self.log("/".join(filter(None, (split, "gen", name, group))), value)
-                score.reset()
 
 
 def _score_key(split: str, group: str) -> str:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_vlm.checkpoint.hf_import import ImportPlan
 from lightning_vlm.checkpoint.opening import local_folder, make_config, open_random, plan_pretrained
 from lightning_vlm.checkpoint.source import pretrained_source
+from lightning_vlm.models.load_balancing import balance_load
 from lightning_vlm.models.lora import Coverage, Lora, add_adapters, fresh_adapters
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.strategies.parallelize import Parallelizes
@@ -36,7 +37,7 @@ def build_network(options: Mapping[str, Any], strategy: Any = None) -> tuple[Nem
     Raises:
         DataError: If there is no such model, or its weights do not fit.
         NotImplementedError: If the optimizer does not work with the strategy.
-        ValueError: If nothing would be left to train.
+        ValueError: If nothing would be left to train, or to balance.
     """
     if isinstance(strategy, Parallelizes) and options["optimizer"] == "adamw8bit":
         raise NotImplementedError(
@@ -56,6 +57,8 @@ def build_network(options: Mapping[str, Any], strategy: Any = None) -> tuple[Nem
         if weights is not None:
             weights.values.update(fresh_adapters(model))
     freeze(model, options["freeze"] or [])
+    if options["load_balancing"]:
+        balance_load(model)
     check_no_decay(model, options["no_decay"] or [])
     device = torch.get_default_device()
     if isinstance(strategy, Parallelizes):

@@ -8,7 +8,7 @@ made. The error that every room of the data path raises, `DataError`, lives here
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -363,6 +363,10 @@ class VLMBatch:
         names = ("input_ids", "attention_mask", "cu_seqlens", "mm_token_type_ids")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return given | self.media_inputs()
+
+    def without_media(self) -> Self:
+        """The same batch for those that look at no medium: only how many there are is left."""
+        return replace(self, **dict.fromkeys(MEDIA_FIELDS))  # type: ignore[arg-type]
 
     def media_inputs(self) -> dict[str, Tensor]:
         """The media among them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
+            if path.is_dir():  # of a run that was divided
+                replaced = path.with_name(f".{path.name}.replaced")
+                path.rename(replaced)
+                partial.rename(path)
+                shutil.rmtree(replaced)
+            else:
+                partial.replace(path)
         except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
-            if not _is_full(error, partial):
+            if not is_full(error, partial.parent):
                 raise
-            kept = "the older checkpoint is as it was" if path.exists() else "older checkpoints are as they were"
-            raise StoppingError(
-                str(path), f"the disk is full, this checkpoint could not be written, {kept}", "make room and resume"
-            ) from error
+            raise full_disk(path) from error
         finally:
             partial.unlink(missing_ok=True)
 
@@ -78,10 +82,27 @@ def use_whole_files(strategy: Any) -> None:
         strategy.checkpoint_io = AtomicCheckpointIO()
 
 
-def _is_full(error: BaseException | None, partial: Path) -> bool:
+def full_disk(path: Path) -> StoppingError:
+    """What is told where a checkpoint could not be written.
+
+    Args:
+        path: Of the checkpoint.
+    """
+    kept = "the older checkpoint is as it was" if path.exists() else "older checkpoints are as they were"
+    problem = f"the disk is full, this checkpoint could not be written, {kept}"
+    return StoppingError(str(path), problem, "make room and resume")
+
+
+def is_full(error: BaseException | None, folder: Path) -> bool:
+    """Whether a full disk is behind an error.
+
+    Args:
+        error: From writing.
+        folder: Where to.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         error = error.__cause__ or error.__context__
-    status = os.statvfs(partial.parent)
+    status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize < os.sysconf("SC_PAGE_SIZE")

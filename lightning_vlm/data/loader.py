@@ -21,6 +21,8 @@ from lightning_vlm.data.samplers import EpochPlan, PlannedBatch, Position
 from lightning_vlm.data.transport import Parcel
 from lightning_vlm.schema import DataError, Sample, StoppingError, VLMBatch
 
+Share = Callable[[Callable[[], Iterator[Any]], int], Iterator[Any]]
+
 
 class _BatchDataset(Dataset):
     """Planned batch -> VLMBatch of its good samples, the bad ones beside it.
@@ -69,6 +71,8 @@ class ResumableLoader:
         stop: Returns how many batches of an epoch will be taken (``limit_train_batches``).
         strict: A bad sample is an error; otherwise its batch comes without it.
         blank: What stands for a batch of bad samples alone; a sample of one token by default.
+        share: Takes a function that starts loading, and how many batches there are; returns the batches. Ranks that
+            work on the same ones need not all load them.
     """
 
     def __init__(
@@ -83,8 +87,10 @@ class ResumableLoader:
         stop: Callable[[], int] | None = None,
         strict: bool = True,
         blank: Any = None,
+        share: Share | None = None,
     ) -> None:
         self.plan = plan
+        self._share = share
         self.rank = rank
         self.position = Position()
         self._start = Position()
@@ -125,7 +131,7 @@ class ResumableLoader:
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
         )
-        stream = iter(loader)
+        stream = iter(loader) if self._share is None else self._share(lambda: iter(loader), len(planned))
         while self.position.yielded < stop:
             step = self._take_step(stream, self.position.yielded, stop)
             step.reverse()

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_vlm.checkpoint.atomic_io import full_disk, is_full
 from lightning_vlm.checkpoint.hf_import import copy_held
 from lightning_vlm.checkpoint.shards import PlainReader
 from lightning_vlm.checkpoint.trained import META, OPTIMIZER, load_plain
@@ -48,6 +50,9 @@ def save(checkpoint: dict[str, Any], path: Path, on_rank_zero: bool) -> None:
         checkpoint: From the Trainer; what each rank holds is taken out of it.
         path: The folder. Until the new one is complete, it is what it was before.
         on_rank_zero: Whether this is rank 0.
+
+    Raises:
+        StoppingError: If a disk is full.
     """
     tensors: dict[str, Any] = {"state_dict": checkpoint.pop("state_dict")}
     for number, state in enumerate(checkpoint.pop("optimizer_states", [])):
@@ -58,9 +63,18 @@ def save(checkpoint: dict[str, Any], path: Path, on_rank_zero: bool) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(tensors, checkpoint_id=partial)
+    try:
+        dcp.save(tensors, checkpoint_id=partial)
+        if on_rank_zero:
+            torch.save(checkpoint, partial / META)
+    except (Exception, CheckpointException) as error:  # the latter tells all ranks when one of them fails
+        full = is_full(error, path.parent) or any(is_full(e, path.parent) for e in _failures(error))
+        if on_rank_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+        if full:
+            raise full_disk(path) from error
+        raise
     if on_rank_zero:
-        torch.save(checkpoint, partial / META)
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
@@ -69,6 +83,11 @@ def save(checkpoint: dict[str, Any], path: Path, on_rank_zero: bool) -> None:
         else:
             replaced.unlink(missing_ok=True)
     dist.barrier()
+
+
+def _failures(error: BaseException) -> list[BaseException]:
+    """What failed on the ranks."""
+    return [wrapped[0] for wrapped in getattr(error, "failures", {}).values()]
 
 
 def load(path: Path, module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Any]:

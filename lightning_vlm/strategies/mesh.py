@@ -100,8 +100,14 @@ class MeshStrategy(ModelParallelStrategy):
         """Starts the process group and lays out the grid.
 
         Raises:
-            ValueError: If the grid does not have as many places as there are processes.
+            ValueError: If the grid does not have as many places as there are processes, or a node has more processes
+                than the Trainer was told.
         """
+        if self.local_rank >= self.num_processes:
+            raise ValueError(
+                f"this is process {self.local_rank + 1} of its node, and trainer.devices is {self.num_processes}; set "
+                "it to the number of processes that torchrun or SLURM starts on a node"
+            )
         ParallelStrategy.setup_environment(self)
         self._setup_distributed()
         world, divided = self.world_size, self.stages * self.tensor

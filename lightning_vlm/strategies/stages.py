@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vlm.models.language import packed_inputs
+from lightning_vlm.models.load_balancing import Balancing
 from lightning_vlm.models.media import MediaInputs, embed_with_media
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.models.parts import PARTS, parts_of
@@ -100,6 +101,7 @@ class StageInputs:
         attention_mask: ``(B, T)`` of padded rows.
         cu_seqlens: ``(num_documents + 1,)`` of a packed row.
         mm_token_type_ids: ``(B, T)``, where images and videos meet.
+        balancing: For the routers of all stages.
     """
 
     media: MediaInputs
@@ -107,6 +109,7 @@ class StageInputs:
     attention_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     mm_token_type_ids: Tensor | None = None
+    balancing: Balancing | None = None
 
     @classmethod
     def of(cls, inputs: dict[str, Any], labels: Tensor | None = None) -> StageInputs:
@@ -117,7 +120,7 @@ class StageInputs:
             labels: ``(B, T)``.
         """
         media = MediaInputs(**{name: inputs.get(name) for name in MediaInputs.__slots__})
-        names = ("attention_mask", "cu_seqlens", "mm_token_type_ids")
+        names = ("attention_mask", "cu_seqlens", "mm_token_type_ids", "balancing")
         return cls(media, labels, **{name: inputs.get(name) for name in names})
 
 
@@ -181,6 +184,8 @@ class Stage(nn.Module):
         options: dict[str, Any] = {"attention_mask": inputs.attention_mask, "use_cache": False}
         if documents is not None:
             options = packed_inputs(self.model.config.text_config, documents, x.dtype)
+        if inputs.balancing is not None:
+            options["balancing"] = inputs.balancing
         hidden = self.body(inputs_embeds=x, **options).last_hidden_state
         if not self.is_last or end == "states":
             return hidden

@@ -6,10 +6,12 @@ change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import ModuleDict
 from torchmetrics import Metric
 
 
@@ -99,6 +101,29 @@ class ANLS(AnswerScore):
 
 
 SCORES: dict[str, type[AnswerScore]] = {"exact_match": ExactMatch, "anls": ANLS}
+
+
+def take_scores(scores: ModuleDict, split: str) -> Iterator[tuple[str, Tensor]]:
+    """The scores of a split and of its groups, by the names they are logged under; each starts afresh.
+
+    Args:
+        scores: By ``<split>`` or ``<split>/<group>``, then by name.
+        split: Which to take.
+    """
+    for key, group_scores in scores.items():
+        where, _, group = key.partition("/")
+        if where != split:
+            continue
+        assert isinstance(group_scores, ModuleDict)
+        for name, score in group_scores.items():
+            assert isinstance(score, AnswerScore)
+            # Every rank computes every score, also one it has no answers for: computing is a collective call.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+                value = score.compute()
+            if not value.isnan():
+                yield "/".join(filter(None, (split, "gen", name, group))), value
+            score.reset()
 
 
 def edit_distance(left: str, right: str) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -125,6 +126,22 @@ def count_steps(trainer: Any, batches: int | None) -> int:
             "the schedule needs to know the number of steps; set trainer.max_steps or max_epochs (besides max_time)"
         )
     return min(limits)
+
+
+def check_accumulation(trainer: Any) -> None:
+    """Refuses steps of changing numbers of batches.
+
+    Args:
+        trainer: The Trainer.
+
+    Raises:
+        NotImplementedError: If a callback changes ``accumulate_grad_batches`` during the run.
+    """
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        raise NotImplementedError(
+            "GradientAccumulationScheduler is not supported: the number of steps and an exact resume would not follow "
+            "it; set trainer.accumulate_grad_batches"
+        )
 
 
 class GroupSchedule(LambdaLR):

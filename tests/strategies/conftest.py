@@ -23,12 +23,13 @@ TINY = {"pattern": "ME*-", "hidden_size": 32, "vision_hidden_size": 32, "vision_
 
 
 class Steps(L.Callback):
-    """Notes the loss and the norm of the gradient of each step, the rows, and what validation found."""
+    """Notes the loss, the norm of the gradient and the balance of experts of each step, the rows, and validation."""
 
     def __init__(self, stop_at: int | None) -> None:
         self.stop_at = stop_at
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.balances: list[float] = []
         self.rows: list[list[int]] = []
         self.val: list[float] = []
         self.answers: dict[str, str] = {}
@@ -43,6 +44,8 @@ class Steps(L.Callback):
         if trainer.global_step > self.step:
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+            if "train/load_balance" in trainer.callback_metrics:
+                self.balances.append(float(trainer.callback_metrics["train/load_balance"]))
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if outputs:
@@ -70,6 +73,11 @@ class Fit:
         return self._same("norms")
 
     @property
+    def balances(self) -> list[float]:
+        """Of each step's experts, the same on all ranks; none where they are not balanced."""
+        return self._same("balances")
+
+    @property
     def val(self) -> list[float]:
         """Validation losses, the same on all ranks."""
         return self._same("val")
@@ -79,6 +87,12 @@ class Fit:
         """Of all batches of all ranks with data of their own, in the order of the batches."""
         own = {rank["data_rank"]: rank["rows"] for rank in self.ranks}
         return [row for batches in zip(*own.values()) for batch in batches for row in batch]
+
+    @property
+    def predictions(self) -> str:
+        """What ``predict`` wrote."""
+        path = self.folder / "predictions.jsonl"
+        return path.read_text() if path.exists() else ""
 
     @property
     def answers(self) -> dict[str, str]:
@@ -113,10 +127,14 @@ def fit(file: Path, folder: Path, make_strategy: Callable[[], Any], options: dic
         **{"max_steps": 3, "num_sanity_val_steps": 0, **options.get("trainer", {})},
     )
     network = NemotronVLModule(**module)
-    trainer.fit(network, datamodule=VLMDataModule(**data), ckpt_path=options.get("ckpt_path"))
+    datamodule = VLMDataModule(**data)
+    trainer.fit(network, datamodule=datamodule, ckpt_path=options.get("ckpt_path"))
+    if "predict" in data:
+        trainer.predict(network, datamodule=datamodule, return_predictions=False)
     if "save" in options:
         trainer.save_checkpoint(options["save"])
-    written: dict[str, Any] = {name: getattr(steps, name) for name in ("losses", "norms", "rows", "val", "answers")}
+    names = ("losses", "norms", "balances", "rows", "val", "answers")
+    written: dict[str, Any] = {name: getattr(steps, name) for name in names}
     written["data_rank"] = data_ranks(trainer)[1]
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(written))
 
@@ -170,6 +188,12 @@ def assert_same(divided: Fit, expected: Fit, steps: int = 3, rel: float = 1e-5) 
     for name in ("losses", "norms", "val"):
         assert getattr(divided, name) == pytest.approx(getattr(expected, name), rel=rel, abs=0.0), name
     assert divided.answers == expected.answers
+    assert _without_folders(divided.predictions) == _without_folders(expected.predictions)
+
+
+def _without_folders(lines: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in lines.splitlines()]
+    return [{**row, "source": Path(row["source"]).name} for row in rows]
 
 
 TIMEOUT = timedelta(seconds=60)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 from functools import partial
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from lightning_vlm.strategies import FSDP2Strategy, PipelineStrategy
 from tests.strategies.conftest import TIMEOUT, Fit
@@ -59,3 +62,33 @@ def test_any_strategy_continues_any_other(run, saved, first, second):
     assert continued.losses == pytest.approx(expected.losses[4:], rel=1e-5)
     assert continued.norms == pytest.approx(expected.norms[4:], rel=1e-4)
     assert sorted(continued.rows) == sorted(expected.rows[4 * 4 :]), "every remaining sample once, and no other"
+
+
+def test_a_full_disk_keeps_the_older_folder(run, tmp_path):
+    path = tmp_path / "last.ckpt"
+    go(run, "fsdp2", stop_at=1, save=path)
+    before = (path / "meta.pt").read_bytes()
+    create_stream = FileSystem.create_stream
+
+    def full(self, name, mode):
+        if os.environ["RANK"] == "1" and mode == "wb":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return create_stream(self, name, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileSystem, "create_stream", full)
+        with pytest.raises(
+            Exception, match="last.ckpt: the disk is full, this checkpoint could not be written, the older"
+        ):
+            go(run, "fsdp2", stop_at=2, save=path)
+    assert (path / "meta.pt").read_bytes() == before
+    assert [child.name for child in tmp_path.iterdir() if child.name.startswith(".")] == []
+    assert len(go(run, "single", ckpt_path=path, stop_at=2).losses) == 1
+
+
+def test_files_and_folders_replace_each_other(run, tmp_path):
+    path = tmp_path / "last.ckpt"
+    for way in ("fsdp2", "single", "pipeline of 2", "fsdp2"):
+        go(run, way, stop_at=1, save=path)
+        assert path.is_dir() == (way != "single")
+    assert [child.name for child in tmp_path.iterdir() if child.name.startswith(".")] == []

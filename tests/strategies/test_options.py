@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_vlm.callbacks.predictions import PredictionTable
 from lightning_vlm.strategies import FSDP2Strategy, PipelineStrategy
 from tests.strategies.conftest import TIMEOUT, assert_same
 
@@ -50,11 +51,17 @@ def test_half_precision_is_as_in_one_process(divided, reference, precision):
 
 def test_validation_and_its_answers_are_those_of_one_process(divided, reference, make_task):
     options = {
-        "data": {"val": str(make_task(7, "val.jsonl")), "eval_batch_size": 3},
+        "data": {
+            "val": str(make_task(7, "val.jsonl")),
+            "predict": str(make_task(5, "asked.jsonl", answers=False)),
+            "eval_batch_size": 3,
+        },
+        "callbacks": [PredictionTable()],
         "trainer": {"accumulate_grad_batches": 2, "num_sanity_val_steps": -1, "max_epochs": 1, "max_steps": 6},
         "module": {"generate_on_validation": True, "max_new_tokens": 6, "lr": 1e-3},
     }
     expected = reference(**options)
     assert len(expected.val) == 2
     assert len(set(expected.answers.values())) > 1
+    assert len(expected.predictions.splitlines()) == 5
     assert_same(divided(**options), expected, steps=6)

@@ -8,6 +8,7 @@ import torch
 from lightning_vlm import NemotronVL, NemotronVLConfig
 from lightning_vlm.data.collate import PackedCollate, PaddedCollate
 from lightning_vlm.schema import IGNORE_INDEX
+from lightning_vlm.strategies.layer_times import measure_layers
 from lightning_vlm.strategies.micro_batches import blank_like, equal_shapes
 from lightning_vlm.strategies.stages import Stage, StageInputs, balance, divide_by_parameters
 from tests.fixtures.gradients import assert_same_gradients, gradients
@@ -101,3 +102,15 @@ def gradients_of(model, loss):
     model.zero_grad()
     loss.backward()
     return gradients(model)
+
+
+def test_layers_are_measured_by_their_kind():
+    small = {"hidden_size": 64, "intermediate_size": 4096, "vision_hidden_size": 32, "vision_layers": 1}
+    with torch.device("meta"):
+        model = NemotronVL(NemotronVLConfig.tiny(pattern="-*M-E", **small))
+    costs, first, last = measure_layers(model, torch.device("cpu"), tokens=64)
+    assert costs[0] == costs[3]
+    assert len(set(costs)) == 4
+    assert costs[0] > costs[1] > 0, "an MLP of this width takes longer than attention over 64 tokens"
+    assert first > 0
+    assert last > 0
