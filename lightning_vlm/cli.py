@@ -35,6 +35,8 @@ from lightning_vlm.commands.check import check_data
 from lightning_vlm.commands.describe import planned_network, print_description
 from lightning_vlm.commands.doctor import examine
 from lightning_vlm.commands.export import export
+from lightning_vlm.commands.memory import plan_memory
+from lightning_vlm.commands.memory_report import print_memory
 from lightning_vlm.commands.plan import planned_ranks, print_plan
 from lightning_vlm.commands.preview import print_preview
 from lightning_vlm.datamodule import VLMDataModule
@@ -136,12 +138,13 @@ class VLMTrainer(L.Trainer):
             source: Those of this place instead, e.g. rows.jsonl:12.
         """
 
-    def plan(self, ranks: int | None = None, picture: str = "plan.png") -> None:
-        """Prints what an epoch of training consists of, and draws it.
+    def plan(self, ranks: int | None = None, picture: str = "plan.png", gpu_memory: float | None = None) -> None:
+        """Prints what an epoch of training consists of, and draws it; or what memory training takes.
 
         Args:
             ranks: Data-parallel ranks to plan for; from trainer.devices and num_nodes by default.
             picture: PNG file to draw, in trainer.default_root_dir unless it is absolute; empty for none.
+            gpu_memory: GiB of a device, for --memory; those of this machine's GPU, or 80, by default.
         """
 
     def describe(self, save: str | None = None) -> None:
@@ -213,6 +216,8 @@ class VLMCLI(LightningCLI):
             if self.subcommand == "describe":  # of the data, nothing need be there
                 config = self.config.describe
                 self.model = planned_network(config.model.as_dict(), config.trainer.precision)
+            elif self.subcommand == "plan" and self.config.plan.memory:
+                self.memory = plan_memory(self.config.plan)
             elif self.subcommand in _WITHOUT_TRAINER:  # a laptop may plan for machines that it has not
                 self.datamodule = VLMDataModule(**self.config[self.subcommand].data.as_dict())
             else:
@@ -231,6 +236,9 @@ class VLMCLI(LightningCLI):
         if subcommand == "describe":
             parser.add_argument("--detailed", action="store_true", help="Also print the layers inside the parts.")
             parser.add_argument("--json", action="store_true", help="Print one JSON object with all numbers.")
+        if subcommand == "plan":
+            parser.add_argument("--memory", action="store_true", help="Print the memory of each rank instead.")
+            parser.add_argument("--json", action="store_true", help="With --memory: one JSON object.")
         if subcommand == "preview":
             parser._option_string_actions["-n"] = parser._option_string_actions["--count"]
         return parser
@@ -250,6 +258,8 @@ class VLMCLI(LightningCLI):
             config = self.config.describe
             options = (config.detailed, config.json, config.save, config.model.optimizer)
             print_description(self.model, config.trainer.precision, *options)
+        elif subcommand == "plan" and self.config.plan.memory:
+            self.exit_code = print_memory(self.memory, self.config.plan.json)
         elif subcommand == "plan":
             config = self.config.plan
             ranks = config.ranks or planned_ranks(config.trainer) or 1

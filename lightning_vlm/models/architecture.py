@@ -20,7 +20,8 @@ from lightning_vlm.models.census import Census, Count
 from lightning_vlm.models.parts import PARTS, Part, parts_of
 
 COMPONENTS = ("language_model", "vision_model", "projector", "audio", "other")
-_KINDS = {"linear_attention": "Mamba2", "full_attention": "attention", "mlp": "MLP", "moe": "MoE"}
+LAYER_KINDS = {"linear_attention": "Mamba2", "full_attention": "attention", "mlp": "MLP", "moe": "MoE"}
+"""Names of the layers of the language model, by their type in transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +316,7 @@ def _grouped(layers: list[nn.Module], part: str, path: str, census: Census) -> I
     """Layers of one kind and one size together, in the order in which they come first."""
     groups: dict[tuple[str, Count], list[nn.Module]] = {}
     for layer in layers:
-        kind = _KINDS.get(getattr(layer, "block_type", ""), type(layer).__name__)
+        kind = LAYER_KINDS.get(getattr(layer, "block_type", ""), type(layer).__name__)
         groups.setdefault((kind, census.count(layer)), []).append(layer)
     for (kind, each), alike in groups.items():
         count = sum([each] * len(alike), Count())

@@ -8,7 +8,7 @@ when their norm is logged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -91,20 +91,24 @@ def make_optimizer(
     return (MuonAdamW if muon else AdamW)(groups, betas=(beta1, beta2))
 
 
-def state_bytes(model: NemotronVL, optimizer: str) -> int:
+def state_bytes(
+    model: NemotronVL, optimizer: str, numel: Callable[[Tensor], int] = lambda parameter: parameter.numel()
+) -> int:
     """Memory of an optimizer's states, its counters of steps left out; on the meta device too.
 
     Args:
         model: The model, frozen as wanted.
         optimizer: One of `OptimizerName`.
+        numel: Numbers of a parameter that are held here; all of them by default.
     """
     muon = hidden_matrices(model) if optimizer == "muon" else ()
     total = 0
     for parameter in (one for one in model.parameters() if one.requires_grad):
-        if optimizer == "adamw8bit" and parameter.numel() >= _SMALLEST_8BIT and parameter.numel() % _BLOCK == 0:
-            total += 2 * (parameter.numel() + 4 * parameter.numel() // _BLOCK + _CODE_TABLE)
+        held = numel(parameter)
+        if optimizer == "adamw8bit" and held >= _SMALLEST_8BIT and held % _BLOCK == 0:
+            total += 2 * (held + 4 * held // _BLOCK + _CODE_TABLE)
         else:
-            total += parameter.numel() * parameter.element_size() * (1 if id(parameter) in muon else 2)
+            total += held * parameter.element_size() * (1 if id(parameter) in muon else 2)
     return total
 
 

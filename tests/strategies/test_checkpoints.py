@@ -77,9 +77,7 @@ def test_a_full_disk_keeps_the_older_folder(run, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FileSystem, "create_stream", full)
-        with pytest.raises(
-            Exception, match="last.ckpt: the disk is full, this checkpoint could not be written, the older"
-        ):
+        with pytest.raises(Exception, match="the disk is full, this checkpoint could not be written, the older"):
             go(run, "fsdp2", stop_at=2, save=path)
     assert (path / "meta.pt").read_bytes() == before
     assert [child.name for child in tmp_path.iterdir() if child.name.startswith(".")] == []
