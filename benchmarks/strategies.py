@@ -1,6 +1,6 @@
 """Strategies on two CPU processes: what a step costs, how long a pipeline's ranks wait, how fast checkpoints are.
 
-    python benchmarks/strategies.py [--rounds 3] [--width 256]
+    python benchmarks/strategies.py [--rounds 3] [--width 128]
 
 One thread per process, text of one length. *Steps*: the same eight rows per step under each strategy, as a ratio to
 DDP on as many processes. *Bubbles*: the share of a step over m micro-batches in which a rank has nothing to do,
@@ -32,7 +32,7 @@ from lightning_vlm import NemotronVLConfig, NemotronVLModule, VLMDataModule
 from lightning_vlm.processing.tiny import tiny_processor
 from lightning_vlm.strategies import FSDP2Strategy, PipelineStrategy
 
-WARM_UP, STEPS = 2, 6
+WARM_UP, STEPS = 2, 5
 ROWS, TOKENS = 8, 256
 
 
@@ -60,7 +60,7 @@ def fit(rank: int, ranks: int, port: int, make: Callable[[], Any], folder: Path,
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     width = options["width"]
-    config = NemotronVLConfig.tiny(pattern="M-*-" * 4, hidden_size=width, vision_hidden_size=32, vision_layers=1)
+    config = NemotronVLConfig.tiny(pattern="M-*-" * 2, hidden_size=width, vision_hidden_size=32, vision_layers=1)
     module = NemotronVLModule(config=config, generate_on_validation=False, freeze=["vision", "projector"])
     data = VLMDataModule(
         train=str(folder / "rows.jsonl"),
@@ -73,7 +73,7 @@ def fit(rank: int, ranks: int, port: int, make: Callable[[], Any], folder: Path,
         accelerator="cpu",
         devices=ranks,
         strategy=make(),
-        max_steps=WARM_UP + STEPS,
+        max_steps=options.get("steps", WARM_UP + STEPS),
         accumulate_grad_batches=options["accumulate"],
         callbacks=[clock],
         logger=False,
@@ -83,7 +83,7 @@ def fit(rank: int, ranks: int, port: int, make: Callable[[], Any], folder: Path,
         default_root_dir=folder,
     )
     trainer.fit(module, datamodule=data)
-    found = {"step": statistics.median(clock.times[WARM_UP:])}
+    found = {"step": statistics.median(clock.times[WARM_UP:] or clock.times)}
     if options.get("checkpoint"):
         path = folder / "saved.ckpt"
         begun = time.perf_counter()
@@ -178,7 +178,7 @@ def checkpoints(folder: Path, rounds: int, width: int) -> None:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, (make, ranks) in ways.items():
-            options = {"batch_size": 1, "accumulate": 2, "width": 4 * width, "checkpoint": True}
+            options = {"batch_size": 1, "accumulate": 2, "width": 8 * width, "checkpoint": True, "steps": 1}
             found[name].append(run(make, ranks, folder, **options))
     print(f"\ncheckpoints, {rounds} rounds in turn                          size   written      read")
     for name, runs in found.items():
@@ -190,7 +190,7 @@ def checkpoints(folder: Path, rounds: int, width: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--sections", nargs="+", default=["steps", "bubbles", "checkpoints"])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -199,8 +199,9 @@ def main() -> None:
         row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]}
         count = ROWS * 2 * (WARM_UP + STEPS + 1) * 2
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(count)))
+        sections = {"steps": steps, "bubbles": bubbles, "checkpoints": checkpoints}
         for section in arguments.sections:
-            globals()[section](folder, arguments.rounds, arguments.width)
+            sections[section](folder, arguments.rounds, arguments.width)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 torch.set_num_threads(1)  # tensors are tiny: on two busy cores threads made the same tests thirty times slower
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: no process waits for one that began with them last."""
+    items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -59,7 +59,7 @@ def test_command_lines(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("lightning-vlm ")]
     commands = [
         *("fit", "fit", "predict", "check", "preview", "plan", "describe", "doctor", "fit", "fit", "fit"),
-        *("export", "fit", "export"),
+        *("export", "fit", "export", "plan"),
     ]
     assert [line.split()[1] for line in lines] == commands
     for steps, line in enumerate(lines, start=1):

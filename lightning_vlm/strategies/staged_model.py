@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lightning_vlm.models.nemotron_vl import NemotronVL
@@ -83,7 +82,3 @@ class StagedNemotronVL(NemotronVL):
     def device(self) -> torch.device:
         """Of this rank."""
         return self.pipeline.device
-
-    def can_generate(self) -> bool:
-        """Whether answers can be generated: as the whole model."""
-        return dist.is_initialized()
