@@ -68,7 +68,7 @@ class Sharding:
         """
         param = None if self.param_dtype is None else getattr(torch, self.param_dtype)
         policy = MixedPrecisionPolicy(param_dtype=param, reduce_dtype=getattr(torch, self.reduce_dtype))
-        offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
+        offload = CPUOffloadPolicy(torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
         return {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
 
 

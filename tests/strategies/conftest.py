@@ -183,7 +183,10 @@ def reference(run: Callable[..., Fit]) -> Callable[..., Fit]:
 
 
 def assert_same(divided: Fit, expected: Fit, steps: int = 3, rel: float = 1e-5) -> None:
-    """Losses, norms of gradients, validation losses and answers; the worst that was measured in float32: see below."""
+    """Losses, norms of gradients, validation losses, answers and predictions.
+
+    The worst that was measured in float32: losses 2.1e-7, norms 5.4e-7, relative.
+    """
     assert len(expected.losses) == steps
     for name in ("losses", "norms", "val"):
         assert getattr(divided, name) == pytest.approx(getattr(expected, name), rel=rel, abs=0.0), name

@@ -52,6 +52,11 @@ def test_weights_may_be_gathered_in_half_precision(run, reference):
     assert divided.losses != reference(data={"batch_size": 4}).losses
 
 
+def test_shards_may_stay_on_the_cpu(run, reference):
+    """Where all is on the CPU nothing is moved: this shows that the option works, not that it saves memory."""
+    assert_same(run(2, partial(fsdp2, cpu_offload=True)), reference(data={"batch_size": 4}))
+
+
 def test_layers_may_be_compiled(run, reference):
     assert_same(
         run(2, partial(fsdp2, compile_layers=True), config={"pattern": "-*"}),
