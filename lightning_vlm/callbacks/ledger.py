@@ -68,8 +68,7 @@ class EpochLedger(L.Callback):
                 **{f"data/samples_{name}": float(tally.count) for name, tally in counts.items()},
                 "data/samples_dropped": float(dropped),
                 "data/padding_frac": 1 - tokens / max(computed, 1),
-            },
-            sync_dist=True,  # the same on every rank; Lightning would warn otherwise
+            }
         )
         if not report.balances:
             raise RuntimeError(

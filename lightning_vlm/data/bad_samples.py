@@ -146,7 +146,7 @@ class BadSamples(L.Callback):
         """
         if self._watched(trainer) is not None:
             self._check(trainer, "train")
-            pl_module.log("data/bad_samples", float(len(self.found.get("train", {}))), sync_dist=True)
+            pl_module.log("data/bad_samples", float(len(self.found.get("train", {}))), rank_zero_only=True)
 
     def on_validation_batch_end(
         self,

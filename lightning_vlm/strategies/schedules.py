@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
@@ -134,6 +135,7 @@ class Pipeline:
             schedule._step_microbatches(
                 arguments if first else None, keywords, targets if last else None, found, return_outputs=False
             )
+        self._rest()
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for loss in losses:
             total += loss.detach()
@@ -164,6 +166,7 @@ class Pipeline:
             x = self.stages[index](x, inputs, scale, shape[1] if len(shape) > 1 else 0, end)
             if index + 1 < len(self.owners) and self.owners[index + 1] != rank:
                 dist.send(x.contiguous(), group=self.group, group_dst=self.owners[index + 1])
+        self._rest()
         if self.owners[-1] != rank:
             x = torch.empty(shape, dtype=torch.float32 if end == "head" else self.dtype, device=self.device)
         return self.from_last(x.contiguous())
@@ -176,6 +179,16 @@ class Pipeline:
         """
         dist.broadcast(tensor, group=self.group, group_src=self.owners[-1])
         return tensor
+
+    def _rest(self) -> None:
+        """Lets FSDP2 put shards back where it gathered them: optimizers and checkpoints know parameters as shards.
+
+        The stages are FSDP2's roots, and not among the model's modules, through which it would be asked to.
+        """
+        for stage in self.stages.values():
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _schedule(self, count: int, shape: tuple[int, ...]) -> tuple[Any, list[PipelineStage]]:
         """The schedule for so many micro-batches of a shape; the last one is kept."""

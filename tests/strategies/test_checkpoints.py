@@ -8,11 +8,15 @@ import os
 from functools import partial
 from typing import Any
 
+import lightning as L
 import pytest
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from lightning_vlm import NemotronVL, NemotronVLConfig
+from lightning_vlm.checkpoint.trained import load_whole
 from lightning_vlm.strategies import FSDP2Strategy, PipelineStrategy
-from tests.strategies.conftest import TIMEOUT, Fit
+from lightning_vlm.training.movement import parameters_at_rest
+from tests.strategies.conftest import TIMEOUT, TINY, Fit
 
 # Ranks, strategy, and batches that each step takes: 4 rows, however many ranks look at them.
 WAYS: dict[str, tuple[int, Any, int]] = {
@@ -90,3 +94,32 @@ def test_files_and_folders_replace_each_other(run, tmp_path):
         go(run, way, stop_at=1, save=path)
         assert path.is_dir() == (way != "single")
     assert [child.name for child in tmp_path.iterdir() if child.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "fsdp2 of layers in parts", "pipeline of 2", "pipeline of 2, shards of 2"])
+def test_nothing_is_left_out_after_validation(run, make_task, tmp_path, way):
+    path, val = tmp_path / "last.ckpt", str(make_task(3, "val.jsonl"))
+    ranks, make, accumulate = WAYS[way]
+    trainer = {"accumulate_grad_batches": accumulate, "max_steps": 2, "val_check_interval": accumulate}
+    data = {"val": val, "packing": True, "batch_tokens": 200}  # packed rows are probed before training
+
+    class SaveHere(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            known = set(map(id, parameters_at_rest(pl_module).values()))
+            groups = trainer.optimizers[0].param_groups
+            stale = [p.shape for group in groups for p in group["params"] if id(p) not in known]
+            assert not stale, f"the optimizer has {stale}, which the module does not have any more"
+
+        def on_validation_end(self, trainer, pl_module):
+            trainer.save_checkpoint(path)
+
+    module = {"generate_on_validation": True, "max_new_tokens": 2}
+    run(ranks, make, trainer=trainer, data=data, module=module, callbacks=[SaveHere()])
+    saved = load_whole(path)
+    (groups,) = saved["optimizer_layouts"]
+    trained = [name for group in groups for name in group["parameters"]]
+    model = NemotronVL(NemotronVLConfig.tiny(**TINY))
+    whole = {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters() if "layer_scale" not in name}
+    assert sorted(trained) == sorted(whole)
+    states = saved["optimizer_states"][0]["states_by_name"]
+    assert {name: tuple(state["exp_avg"].shape) for name, state in states.items()} == whole
