@@ -119,14 +119,16 @@ def _load_folder(path: Path, module: nn.Module, optimizers: list[Optimizer]) -> 
     _refuse_missing(path, [name for name in state if f"state_dict.{name}" not in stored])
     wanted: dict[str, Any] = {"state_dict": state}
     names = names_of(module)
+    by_parameter: dict[str, dict[str, TensorStorageMetadata]] = {}
+    for key, entry in stored.items():
+        if isinstance(entry, TensorStorageMetadata):
+            parameter_name, _, state_name = key.rpartition(".")
+            by_parameter.setdefault(parameter_name, {})[state_name] = entry
     for number, optimizer in enumerate(optimizers):
         tensors: dict[str, Tensor] = {}
         for group in optimizer.param_groups:
             for parameter in (p for p in group["params"] if id(p) in names):
-                prefix = f"{OPTIMIZER}{number}.{names[id(parameter)]}."
-                own = {key.removeprefix(prefix): entry for key, entry in stored.items() if key.startswith(prefix)}
-                for key, entry in own.items():
-                    assert isinstance(entry, TensorStorageMetadata)
+                for key, entry in by_parameter.get(f"{OPTIMIZER}{number}.{names[id(parameter)]}", {}).items():
                     value = _empty_state(parameter, group, tuple(entry.size), entry.properties.dtype)
                     tensors[f"{names[id(parameter)]}.{key}"] = optimizer.state[parameter][key] = value
         wanted[f"{OPTIMIZER}{number}"] = tensors

@@ -113,10 +113,9 @@ def _numbered(
     states: Mapping[str, Mapping[str, Any]], groups: Layout, optimizer: Optimizer, names: Mapping[int, str]
 ) -> dict[str, Any]:
     plain = optimizer.state_dict()
-    options = {group["name"]: group["options"] for group in groups}
     numbers: dict[str, int] = {}
+    _adopt(plain["param_groups"], groups)
     for group, live in zip(plain["param_groups"], optimizer.param_groups):
-        group.update(options.get(str(live.get("name")), {}))
         numbers |= {names[id(parameter)]: number for parameter, number in zip(live["params"], group["params"])}
     state = {number: dict(states[name]) for name, number in numbers.items() if name in states}
     return {"state": state, "param_groups": plain["param_groups"]}
@@ -129,8 +128,12 @@ def adopt_options(optimizer: Optimizer, groups: Layout) -> None:
         optimizer: The optimizer.
         groups: The saved `layout`.
     """
+    _adopt(optimizer.param_groups, groups)
+
+
+def _adopt(own: Iterable[dict[str, Any]], groups: Layout) -> None:
     options = {group["name"]: group["options"] for group in groups}
-    for group in optimizer.param_groups:
+    for group in own:
         kept: dict[str, Any] = {key: group[key] for key in _OF_THE_MACHINE if key in group}
         group.update({**options.get(str(group.get("name")), {}), **kept})
 

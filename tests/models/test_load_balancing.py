@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_vlm import NemotronVLConfig, NemotronVLModule, VLMDataModule
 from lightning_vlm.models.language import Float32Router
-from lightning_vlm.models.load_balancing import Balancing, balance_load, load_balancing_loss
+from lightning_vlm.models.load_balancing import BalancedRouter, Balancing, balance_load, load_balancing_loss
 from lightning_vlm.training.balancing import StepBalance
 
 TINY = {"pattern": "ME*-E", "hidden_size": 32, "vision_hidden_size": 32, "vision_layers": 1}
@@ -265,7 +265,9 @@ def test_nothing_to_balance_is_refused(config, options, sentence):
 
 def test_adapters_elsewhere_are_no_hindrance():
     lora = {"rank": 2, "alpha": 4, "language": "full", "vision": "lora"}
-    NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), load_balancing=1e-4, lora=lora).configure_model()
+    module = NemotronVLModule(config=NemotronVLConfig.tiny(**TINY), load_balancing=1e-4, lora=lora)
+    module.configure_model()
+    assert any(isinstance(part, BalancedRouter) for part in module.network.modules())
 
 
 def test_a_gradient_scaler_is_refused(first_step):
