@@ -7,24 +7,17 @@ logged out and absent, and wrong data ends in one sentence instead of a tracebac
 from __future__ import annotations
 
 import difflib
-import importlib.util
-import logging
-import netrc
 import os
 import re
 import select
 import signal
 import sys
-import urllib.parse
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_vlm.callbacks.adapter_check import AdapterError
@@ -39,6 +32,9 @@ from lightning_vlm.commands.memory import plan_memory
 from lightning_vlm.commands.memory_report import print_memory
 from lightning_vlm.commands.plan import planned_ranks, print_plan
 from lightning_vlm.commands.preview import print_preview
+from lightning_vlm.commands.quiet import quiet_other_libraries
+from lightning_vlm.commands.refusals import is_refusal
+from lightning_vlm.commands.run_loggers import usable_loggers
 from lightning_vlm.datamodule import VLMDataModule
 from lightning_vlm.module import NemotronVLModule
 from lightning_vlm.schema import DataError
@@ -208,7 +204,7 @@ class VLMCLI(LightningCLI):
         if config.data.processor is None:
             config.data.processor = config.model.model_id
         if self.subcommand not in _WITHOUT_TRAINER:
-            config.trainer.logger = _usable_loggers(config.trainer.logger, config.trainer.default_root_dir or ".")
+            config.trainer.logger = usable_loggers(config.trainer.logger, config.trainer.default_root_dir or ".")
 
     def instantiate_classes(self) -> None:
         """Ends wrong settings in one sentence and exit code 2."""
@@ -225,7 +221,7 @@ class VLMCLI(LightningCLI):
         except DataError:  # a problem in what settings name, not in the settings
             raise
         except (ValueError, NotImplementedError, MisconfigurationException) as error:
-            print(f"error: {error}", file=sys.stderr)
+            _tell(error)
             raise SystemExit(2) from error
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -286,7 +282,7 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         Exit code: 0 good, 1 a problem in data or model, 2 wrong use, 141 nobody reads on, 143 stopped by SIGTERM.
     """
-    _quiet_other_libraries()
+    quiet_other_libraries()
     try:
         try:
             return _run(args)
@@ -305,16 +301,25 @@ def _run(args: list[str] | None) -> int:
             return export(given[1:])
         return VLMCLI(args).exit_code
     except (DataError, IsolationError, TrainableError, AdapterError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(error)
         return 1
     except ImportError as error:
         if "lightning-vlm[" not in str(error):  # else an extra of ours is not installed
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _tell(error)
         return 1
+    except (ValueError, NotImplementedError, TypeError) as error:
+        if not is_refusal(error):
+            raise
+        _tell(error)
+        return 2
     except SIGTERMException:
         print("stopped by SIGTERM; continue with --ckpt_path last", file=sys.stderr)
         return 128 + signal.SIGTERM
+
+
+def _tell(error: BaseException) -> None:
+    sys.stderr.write(f"error: {error}\n")  # one piece: other ranks write there too
 
 
 def _lost_its_reader() -> bool:
@@ -334,64 +339,6 @@ def _lost_its_reader() -> bool:
     os.dup2(nowhere, stdout)
     os.close(nowhere)
     return True
-
-
-def _quiet_other_libraries() -> None:
-    """Says once what transformers says once per Mamba function, and drops what tells the user nothing."""
-    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
-    said: list[str] = []
-
-    def once(record: logging.LogRecord) -> bool:
-        if "falling back to its reference PyTorch implementation" not in record.getMessage():
-            return True
-        if said:
-            return False
-        said.append("mamba")
-        record.msg, record.args = (
-            "generation runs Mamba layers on transformers' PyTorch path (correct, slow): mamba-ssm or causal-conv1d is "
-            "missing",
-            (),
-        )
-        return True
-
-    logging.getLogger("transformers.integrations.hub_kernels").addFilter(once)
-
-
-def _usable_loggers(loggers: Any, folder: str) -> Any:
-    """Makes a configured WandbLogger work when nobody is logged in (offline) or wandb is absent (a CSV file)."""
-    if not isinstance(loggers, list) and not hasattr(loggers, "class_path"):
-        return loggers
-    kept = []
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
-        if not getattr(logger, "class_path", "").endswith("WandbLogger"):
-            kept.append(logger)
-        elif importlib.util.find_spec("wandb") is None:
-            rank_zero_info("wandb is not installed: the run is logged without it (pip install wandb)")
-        else:
-            if "WANDB_MODE" not in os.environ and not _logged_in_to_wandb():
-                rank_zero_info("nobody is logged in to W&B: the run is logged offline (wandb login; wandb sync)")
-                os.environ["WANDB_MODE"] = "offline"
-                os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would use the network all the same
-            kept.append(logger)
-    if not kept:
-        rank_zero_info(f"the metrics go to CSV files under {folder}/metrics")
-        init_args = Namespace(save_dir=folder, name="metrics")
-        kept.append(Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=init_args))
-    return kept
-
-
-def _logged_in_to_wandb() -> bool:
-    """Whether W&B would find a key: in the environment, or in the netrc file that ``wandb login`` writes."""
-    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return path.is_file() and host in netrc.netrc(path).hosts
-    except netrc.NetrcParseError as error:
-        rank_zero_info(f"{path} cannot be read ({error}): W&B is taken as logged out")
-        return False
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from lightning_vlm.models.lora import Coverage, Lora, add_adapters, fresh_adapte
 from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.strategies.parallelize import Parallelizes
 from lightning_vlm.training.freezing import freeze
-from lightning_vlm.training.optim import check_no_decay
+from lightning_vlm.training.optim import check_no_decay, check_rates
 from lightning_vlm.training.recomputation import recompute_activations
 
 
@@ -37,7 +37,7 @@ def build_network(options: Mapping[str, Any], strategy: Any = None) -> tuple[Nem
     Raises:
         DataError: If there is no such model, or its weights do not fit.
         NotImplementedError: If the optimizer does not work with the strategy.
-        ValueError: If nothing would be left to train, or to balance.
+        ValueError: If nothing would be left to train, or to balance, or a trainable part has no learning rate.
     """
     if isinstance(strategy, Parallelizes) and options["optimizer"] == "adamw8bit":
         raise NotImplementedError(
@@ -59,6 +59,7 @@ def build_network(options: Mapping[str, Any], strategy: Any = None) -> tuple[Nem
     freeze(model, options["freeze"] or [])
     if options["load_balancing"]:
         balance_load(model)
+    check_rates(model, options["lr"])
     check_no_decay(model, options["no_decay"] or [])
     device = torch.get_default_device()
     if isinstance(strategy, Parallelizes):

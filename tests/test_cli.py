@@ -552,3 +552,16 @@ def test_only_what_trains_tells_its_seed(config: Path, command: str, caplog: pyt
     options = ["--trainer.fast_dev_run", "true"] if command == "fit" else []
     assert exit_code(command, "--config", str(config), *options) == 0
     assert ("Seed set to" in caplog.text) == (command == "fit")
+
+
+def test_refusals_that_need_the_model_are_one_sentence(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("fit", "--config", str(config), "--model.lr", "{vision: 1e-4}") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: lr has no rate for 'projector', which is trainable; add it or freeze that part"
+    )
+
+
+def test_defects_keep_their_traceback(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_vlm.network.check_rates", lambda model, lr: float("no number"))
+    with pytest.raises(ValueError, match="could not convert"):
+        exit_code("fit", "--config", str(config))

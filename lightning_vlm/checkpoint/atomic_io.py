@@ -104,5 +104,7 @@ def is_full(error: BaseException | None, folder: Path) -> bool:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         error = error.__cause__ or error.__context__
+    while not folder.exists():
+        folder = folder.parent
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize < os.sysconf("SC_PAGE_SIZE")

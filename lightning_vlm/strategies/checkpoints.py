@@ -8,7 +8,7 @@ beside its place and renamed when all ranks are done. Single files of undivided 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +58,14 @@ def save(checkpoint: dict[str, Any], path: Path, on_rank_zero: bool) -> None:
     for number, state in enumerate(checkpoint.pop("optimizer_states", [])):
         tensors[f"{OPTIMIZER}{number}"] = state
     partial, replaced = (path.with_name(f".{path.name}.{what}") for what in ("partial", "replaced"))
-    if on_rank_zero:
+
+    def clear() -> None:
         for folder in (partial, replaced):
             shutil.rmtree(folder, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
-    try:
-        dcp.save(tensors, checkpoint_id=partial)
-        if on_rank_zero:
-            torch.save(checkpoint, partial / META)
-    except (Exception, CheckpointException) as error:  # the latter tells all ranks when one of them fails
-        full = is_full(error, path.parent) or any(is_full(e, path.parent) for e in _failures(error))
-        if on_rank_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-        if full:
-            raise full_disk(path) from error
-        raise
-    if on_rank_zero:
+
+    def finish() -> None:
+        torch.save(checkpoint, partial / META)
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
@@ -82,7 +73,32 @@ def save(checkpoint: dict[str, Any], path: Path, on_rank_zero: bool) -> None:
             shutil.rmtree(replaced)
         else:
             replaced.unlink(missing_ok=True)
-    dist.barrier()
+
+    _by_rank_zero(clear, path, on_rank_zero)
+    try:
+        dcp.save(tensors, checkpoint_id=partial)
+    except (Exception, CheckpointException) as error:  # the latter tells all ranks when one of them fails
+        full = any(is_full(each, path.parent) for each in (error, *_failures(error)))
+        if on_rank_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+        if full:
+            raise full_disk(path) from error
+        raise
+    _by_rank_zero(finish, path, on_rank_zero)
+
+
+def _by_rank_zero(act: Callable[[], None], path: Path, on_rank_zero: bool) -> None:
+    """Lets rank 0 act; where it fails all ranks raise what it raised, for none of them would hear of it otherwise."""
+    failed: list[Exception | None] = [None]
+    if on_rank_zero:
+        try:
+            act()
+        except Exception as error:
+            failed = [full_disk(path) if is_full(error, path.parent) else error]
+            shutil.rmtree(path.with_name(f".{path.name}.partial"), ignore_errors=True)
+    dist.broadcast_object_list(failed, src=0)
+    if failed[0] is not None:
+        raise failed[0]
 
 
 def _failures(error: BaseException) -> list[BaseException]:

@@ -28,7 +28,15 @@ from lightning_vlm.strategies.micro_batches import blank_like, equal_shapes
 from lightning_vlm.strategies.parallelize import Sharding, apply
 from lightning_vlm.strategies.schedules import Pipeline, ScheduleName, check_schedule, stages_of_ranks
 from lightning_vlm.strategies.staged_model import StagedNemotronVL
-from lightning_vlm.strategies.stages import Stage, StageInputs, balance, cut, divide_by_parameters, hidden_dtype
+from lightning_vlm.strategies.stages import (
+    Stage,
+    StageInputs,
+    balance,
+    cut,
+    divide_by_parameters,
+    hidden_dtype,
+    stage_table,
+)
 
 
 class PipelineStrategy(MeshStrategy):
@@ -128,6 +136,7 @@ class PipelineStrategy(MeshStrategy):
         layers = self._layers_of_stages(model, len(owners))
         rank = self.device_mesh["pipeline"].get_local_rank()
         own = [index for index, owner in enumerate(owners) if owner == rank]
+        rank_zero_info(stage_table(model, layers, owners))
         ends = {index: (index == 0, index == len(owners) - 1) for index in own}
         cut(model, [(layers[index], *ends[index]) for index in own])
         stages = {index: Stage(model, layers[index], *ends[index]) for index in own}

@@ -84,6 +84,31 @@ def divide_by_parameters(model: NemotronVL, stages: int) -> list[range]:
     return balance([size(layer) for layer in body.layers], stages, first, last)
 
 
+def stage_table(model: NemotronVL, layers: Sequence[range], owners: Sequence[int]) -> str:
+    """What each stage holds, a line each.
+
+    Args:
+        model: Whole, on the meta device or not.
+        layers: Of each stage.
+        owners: Rank of each stage in its pipeline.
+    """
+    body, head = model.language_model.model, model.language_model.lm_head
+    rows = []
+    for index, own in enumerate(layers):
+        modules = [body.layers[layer] for layer in own]
+        names = [f"layers {own[0]}-{own[-1]}" if len(own) > 1 else f"layer {own[0]}"]
+        if index == 0:
+            modules += [*media_parts(model), body.embeddings]
+            media = [name for name in parts_of(model) if PARTS[name].role != "language_model"]
+            names = [*media, "embeddings", *names]
+        if index == len(layers) - 1:
+            modules += [body.norm_f, head]
+            names += ["norm", "head"]
+        size = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        rows.append(f"stage {index} on rank {owners[index]}: {size:>14,} parameters  {', '.join(names)}")
+    return "\n".join(rows)
+
+
 class HeldLayers(nn.ModuleDict):
     """Layers that a rank holds, by their numbers in the whole model; iterating gives the layers, as a list would."""
 

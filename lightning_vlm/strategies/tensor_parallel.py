@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
@@ -65,7 +66,9 @@ def divide_layers(model: NemotronVL, mesh: DeviceMesh) -> None:
     _check_sizes(model, mesh.size())
     columns, rows = ColwiseParallel(), RowwiseParallel()
     whole = ColwiseParallel(output_layouts=Replicate())
-    parallelize_module(model.language_model.lm_head, mesh, whole)
+    head = model.language_model.lm_head
+    parallelize_module(head, mesh, whole)
+    head.register_forward_hook(_wait)
     parallelize_module(model.language_model.model.embeddings, mesh, RowwiseParallel(input_layouts=Replicate()))
     mlp: dict[str, ParallelStyle] = {"up_proj": columns, "down_proj": rows}
     for layer in model.language_model.model.layers:
@@ -82,6 +85,11 @@ def divide_layers(model: NemotronVL, mesh: DeviceMesh) -> None:
 def _enter(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     """The same tensor, whose gradient is summed up over the group."""
     return DTensor.from_local(tensor, mesh, [Replicate()]).to_local(grad_placements=[Partial()])
+
+
+def _wait(head: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
+    """Logits that are there: PyTorch gathers them when they are read, and some calls are not made for them."""
+    return logits.wait() if isinstance(logits, AsyncCollectiveTensor) else logits
 
 
 def _check_sizes(model: NemotronVL, ranks: int) -> None:

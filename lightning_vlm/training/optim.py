@@ -60,9 +60,8 @@ def parameter_groups(
     Raises:
         ValueError: If ``lr`` names an unknown part or leaves out a trainable one.
     """
+    check_rates(model, lr)
     rates = lr if isinstance(lr, dict) else dict.fromkeys(PARTS, lr)
-    if unknown := set(rates) - set(PARTS):
-        raise ValueError(f"lr names {sorted(unknown)}; expected parts among {', '.join(PARTS)}")
     num_layers = model.config.vision_config.num_hidden_layers
     groups = []
     for part, module in parts_of(model).items():
@@ -72,8 +71,6 @@ def parameter_groups(
                 depth = _depth(key, num_layers) if part == "vision" and layer_decay != 1 else num_layers + 1
                 spared = not _is_decayed(key, parameter) or _matches(f"{part}.{key}", no_decay)
                 found.setdefault((depth, id(parameter) in muon, spared), []).append(parameter)
-        if found and part not in rates:
-            raise ValueError(f"lr has no rate for {part!r}, which is trainable; add it or freeze that part")
         for (depth, by_muon, spared), parameters in sorted(found.items(), key=lambda item: item[0]):
             labels = (_layer_name(depth, num_layers), "muon" if by_muon else "", "no_decay" if spared else "")
             group = {
@@ -84,6 +81,25 @@ def parameter_groups(
             }
             groups.append({**group, "algorithm": "muon" if by_muon else "adamw"} if muon else group)
     return groups
+
+
+def check_rates(model: NemotronVL, lr: float | dict[str, float]) -> None:
+    """Checks that whatever is trained has a learning rate.
+
+    Args:
+        model: Frozen as wanted.
+        lr: See `parameter_groups`.
+
+    Raises:
+        ValueError: If ``lr`` names an unknown part or leaves out a trainable one.
+    """
+    if not isinstance(lr, dict):
+        return
+    if unknown := set(lr) - set(PARTS):
+        raise ValueError(f"lr names {sorted(unknown)}; expected parts among {', '.join(PARTS)}")
+    for part, module in parts_of(model).items():
+        if part not in lr and any(parameter.requires_grad for parameter in module.parameters()):
+            raise ValueError(f"lr has no rate for {part!r}, which is trainable; add it or freeze that part")
 
 
 def check_no_decay(model: NemotronVL, patterns: Sequence[str]) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from lightning_vlm import NemotronVL, NemotronVLConfig
 from lightning_vlm.checkpoint.trained import load_whole
+from lightning_vlm.schema import StoppingError
 from lightning_vlm.strategies import FSDP2Strategy, PipelineStrategy
+from lightning_vlm.strategies.mesh import MeshStrategy
 from lightning_vlm.training.movement import parameters_at_rest
 from tests.strategies.conftest import TIMEOUT, TINY, Fit
 
@@ -86,6 +89,34 @@ def test_a_full_disk_keeps_the_older_folder(run, tmp_path):
     assert (path / "meta.pt").read_bytes() == before
     assert [child.name for child in tmp_path.iterdir() if child.name.startswith(".")] == []
     assert len(go(run, "single", ckpt_path=path, stop_at=2).losses) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_what_fails_on_rank_0_alone_is_told_on_all(run, tmp_path, number):
+    path, told = tmp_path / "last.ckpt", tmp_path / "told"
+    go(run, "fsdp2", stop_at=1, save=path)
+    told.mkdir()
+    save, save_folder = torch.save, MeshStrategy.save_checkpoint
+
+    def failing(obj, f, *args, **kwargs):
+        if str(f).endswith("meta.pt"):
+            raise OSError(number, os.strerror(number))
+        return save(obj, f, *args, **kwargs)
+
+    def tell(self, *args, **kwargs):
+        with pytest.raises((OSError, StoppingError)) as caught:
+            save_folder(self, *args, **kwargs)
+        (told / os.environ["RANK"]).write_text(str(caught.value))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", failing)
+        patch.setattr(MeshStrategy, "save_checkpoint", tell)
+        go(run, "fsdp2", stop_at=2, save=path)
+    sentences = [(told / rank).read_text() for rank in ("0", "1")]
+    assert sentences[0] == sentences[1]
+    assert ("the disk is full" if number == errno.ENOSPC else os.strerror(number)) in sentences[0]
+    assert [child.name for child in tmp_path.iterdir() if child.name.startswith(".")] == []
+    assert len(go(run, "single", ckpt_path=path, stop_at=2).losses) == 1, "the older one is whole"
 
 
 def test_files_and_folders_replace_each_other(run, tmp_path):

@@ -10,7 +10,7 @@ from lightning_vlm.data.collate import PackedCollate, PaddedCollate
 from lightning_vlm.schema import IGNORE_INDEX
 from lightning_vlm.strategies.layer_times import measure_layers
 from lightning_vlm.strategies.micro_batches import blank_like, equal_shapes
-from lightning_vlm.strategies.stages import Stage, StageInputs, balance, divide_by_parameters
+from lightning_vlm.strategies.stages import Stage, StageInputs, balance, divide_by_parameters, stage_table
 from tests.fixtures.gradients import assert_same_gradients, gradients
 from tests.fixtures.media_samples import ALL_MEDIA, media_processor, varied_samples
 
@@ -114,3 +114,12 @@ def test_layers_are_measured_by_their_kind():
     assert costs[0] > costs[1] > 0, "an MLP of this width takes longer than attention over 64 tokens"
     assert first > 0
     assert last > 0
+
+
+def test_the_table_of_stages_counts_every_parameter_once(model):
+    lines = stage_table(model, divide_by_parameters(model, 3), [0, 1, 0]).splitlines()
+    sizes = [int(line.split(":")[1].split()[0].replace(",", "")) for line in lines]
+    assert sum(sizes) == sum(parameter.numel() for parameter in model.parameters())
+    assert [line.split(":")[0] for line in lines] == ["stage 0 on rank 0", "stage 1 on rank 1", "stage 2 on rank 0"]
+    assert "  vision, projector, audio, audio_projector, embeddings, layer" in lines[0]
+    assert lines[2].endswith(", norm, head")
