@@ -21,6 +21,7 @@ from lightning_vlm.callbacks.adapter_check import AdapterCheck
 from lightning_vlm.callbacks.isolation import IsolationProbe
 from lightning_vlm.callbacks.ledger import EpochLedger
 from lightning_vlm.callbacks.record import RunRecord
+from lightning_vlm.callbacks.stop_signals import StopSignals
 from lightning_vlm.callbacks.trainable_check import TrainableCheck
 from lightning_vlm.checkpoint.atomic_io import use_whole_files
 from lightning_vlm.datamodule import VLMDataModule
@@ -148,8 +149,8 @@ class NemotronVLModule(L.LightningModule):
             pair(self.model.config, self.processor)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What every run brings: documents are isolated, what trains moves, no sample is lost, exports know the run."""
-        return [IsolationProbe(), TrainableCheck(), AdapterCheck(), EpochLedger(), RunRecord()]
+        """What every run brings: documents are isolated, what trains moves, nothing is lost, exports know the run."""
+        return [IsolationProbe(), TrainableCheck(), AdapterCheck(), EpochLedger(), RunRecord(), StopSignals()]
 
     def setup(self, stage: str) -> None:
         """Starts afresh, and takes the processor and the names of score groups from the datamodule.

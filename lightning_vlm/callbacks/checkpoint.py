@@ -1,9 +1,9 @@
 """RunCheckpoint and BestCheckpoint: Lightning's ModelCheckpoint with the settings under which no night is lost.
 
 It saves every so many steps, at the end of the run, which ModelCheckpoint leaves out when the number of steps is not
-a multiple, and at any exception, SIGTERM included. (Where a model is divided over ranks at SIGTERM only: it reaches all
-of them, but an error of one leaves the others waiting.) ``last.ckpt`` is always the newest of them; a second run in the
-same folder replaces it instead of writing ``last-v1.ckpt`` beside it. A checkpoint is whole or not there
+a multiple, and at any exception, SIGTERM included. (With several ranks at SIGTERM only: all of them stop together,
+see `StopSignals`, but an error of one leaves the others waiting.) ``last.ckpt`` is always the newest of them; a second
+run in the same folder replaces it instead of writing ``last-v1.ckpt`` beside it. A checkpoint is whole or not there
 (`AtomicCheckpointIO`, `lightning_vlm.strategies.checkpoints`).
 """
 
@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_vlm.checkpoint.atomic_io import use_whole_files
-from lightning_vlm.strategies.mesh import MeshStrategy
 
 
 class _WholeFiles(ModelCheckpoint):
@@ -27,9 +26,9 @@ class _WholeFiles(ModelCheckpoint):
         use_whole_files(trainer.strategy)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Saves, unless other ranks that hold parts of the model would have to join in and may not."""
-        if isinstance(trainer.strategy, MeshStrategy) and not isinstance(exception, SIGTERMException):
-            return  # a SIGTERM reaches all ranks between two batches
+        """Saves, unless other ranks would have to join in and may not: all stop at a SIGTERM, but not at an error."""
+        if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
+            return
         super().on_exception(trainer, pl_module, exception)
 
 

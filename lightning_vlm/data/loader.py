@@ -8,6 +8,8 @@ tokens the whole step has: that number divides the loss.
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -21,6 +23,7 @@ from lightning_vlm.data.samplers import EpochPlan, PlannedBatch, Position
 from lightning_vlm.data.transport import Parcel
 from lightning_vlm.schema import DataError, Sample, StoppingError, VLMBatch
 
+_AFTER_SIGTERM_S = 60
 Share = Callable[[Callable[[], Iterator[Any]], int], Iterator[Any]]
 
 
@@ -130,6 +133,7 @@ class ResumableLoader:
             collate_fn=Parcel if self._num_workers else _identity,
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
+            worker_init_fn=_outlive_sigterm,
         )
         stream = iter(loader) if self._share is None else self._share(lambda: iter(loader), len(planned))
         while self.position.yielded < stop:
@@ -171,3 +175,12 @@ class ResumableLoader:
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Lets a worker go on for a while at a SIGTERM, which SLURM sends to all processes of a job.
+
+    The main process finishes its batch and saves; a worker that died would make PyTorch raise in the middle of that.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_AFTER_SIGTERM_S))
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))  # any other end counts as a failure

@@ -1,0 +1,83 @@
+"""StopSignals: SIGTERM, and SLURM's signal to requeue, are answered between two batches, by all ranks at the same one.
+
+Lightning answers inside of the signal's handler: with several ranks it starts a collective there, on SLURM it saves
+there. A signal reaches each rank at another moment, in the middle of a step and of its collectives. Here the handler
+takes note, ranks compare notes after each batch, and if any of them was asked to stop all of them do.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import distributed as dist
+
+from lightning_vlm.datamodule import VLMDataModule
+
+
+class StopSignals(L.Callback):
+    """Stops runs as they are asked to, where their state is whole.
+
+    Every `NemotronVLModule` brings one. What it leads to is Lightning's: after the batch a ``SIGTERMException`` is
+    raised, at which `RunCheckpoint` saves; before SLURM requeues a run it is saved in ``default_root_dir``.
+    """
+
+    def __init__(self) -> None:
+        self._noted: set[int] = set()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forgets signals of an earlier run."""
+        self._noted.clear()
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listens instead of Lightning."""
+        self._listen(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listens instead of Lightning."""
+        self._listen(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Answers."""
+        self._answer(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Answers, in the validation of a fit whose ranks have equal numbers of batches: those of a `VLMDataModule`."""
+        equal = trainer.world_size == 1 or isinstance(trainer.datamodule, VLMDataModule)
+        if equal and trainer.state.fn == TrainerFn.FITTING:
+            self._answer(trainer)
+
+    def _listen(self, trainer: L.Trainer) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in _signals(trainer):
+                signal.signal(number, self._note)  # the Trainer puts back what was there before it
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted.add(number)
+
+    def _answer(self, trainer: L.Trainer) -> None:
+        connector = trainer._signal_connector
+        signals = _signals(trainer)
+        noted = torch.tensor([number in self._noted for number in signals], dtype=torch.int32)
+        if trainer.world_size > 1:
+            noted = noted.to(trainer.strategy.root_device)
+            dist.all_reduce(noted, op=dist.ReduceOp.MAX)
+        self._noted.clear()
+        for number, asked in zip(signals, noted.tolist()):
+            if asked and number == signal.SIGTERM:
+                connector.received_sigterm = True  # Lightning looks at it after the batch
+            elif asked:
+                connector._slurm_sigusr_handler_fn(number, None)
+
+
+def _signals(trainer: L.Trainer) -> list[int]:
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return [environment.requeue_signal or signal.SIGUSR1, signal.SIGTERM]
+    return [signal.SIGTERM]
