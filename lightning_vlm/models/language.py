@@ -1,7 +1,9 @@
 """The language model: transformers' NemotronH whose token mixers keep packed documents apart.
 
-Mamba layers become `PackedMamba2Mixer`; attention layers run `lightning_vlm.ops.attention`; expert routing stays in
-float32. MLP and norms work token by token and need nothing.
+Mamba layers become `PackedMamba2Mixer`, with the limits of time steps that the config has: transformers puts
+``time_step_min``, which is meant for initial values, in place of the lower one, where the released code and vLLM have 0
+(transformers #48989). Attention layers run `lightning_vlm.ops.attention`; expert routing stays in float32. MLP and
+norms work token by token and need nothing.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ def make_language_model(config: NemotronHConfig) -> NemotronHForCausalLM:
     for module in model.modules():
         if type(module) is NemotronHMamba2Mixer:
             module.__class__ = PackedMamba2Mixer  # adds no state: weights, hooks and names stay
+            module.time_step_limit = tuple(config.time_step_limit)
         elif type(module) is NemotronHTopkRouter:
             module.__class__ = Float32Router
             module.e_score_correction_bias = module.e_score_correction_bias.float()

@@ -311,9 +311,10 @@ def without_adapters(name: str) -> str:
     """The name that a tensor of an adapted model has in the model itself.
 
     Args:
-        name: In the state dict of the adapted model.
+        name: In the state dict of the adapted model. An adapter's own weights keep theirs: those of a stack of experts
+            have one around the other.
     """
-    return name.replace(".base_layer", "")
+    return name if ".lora_" in name else name.replace(".base_layer", "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ from lightning_vlm.schema import DataError
 from tests.distributed.test_sharded_import import apply
 from tests.distributed.test_text_only_ranks import run_ranks
 from tests.fixtures.released_folders import ROWS_12B, write_12b, write_omni, write_weights
+from tests.fixtures.twins import with_limits_of_config
 
 MIXED = [[5, (2, 6), 3, (4, 4), 9], [8]]
 
@@ -50,7 +51,7 @@ def base(request: Any, tmp_path: Path, make_theirs: Callable[..., Any]) -> Path:
     if request.param == "nano":
         write_12b(folder)
     else:
-        write_omni(folder, make_theirs("ME*-", sound=True))
+        write_omni(folder, make_theirs("ME*-", sound=True, moe_intermediate_size=48))
     return folder
 
 
@@ -127,7 +128,8 @@ def as_transformers(folder: Path) -> NemotronH_Omni_Reasoning_V3:
         audio_token_id=config.get("sound_context_token_id"),
         **{name: config[name] for name in ("vit_hidden_size", "projector_hidden_size", "img_context_token_id")},
     )
-    return NemotronH_Omni_Reasoning_V3.from_pretrained(folder, dtype=torch.float32, config=theirs).eval()
+    model = NemotronH_Omni_Reasoning_V3.from_pretrained(folder, dtype=torch.float32, config=theirs).eval()
+    return with_limits_of_config(model)
 
 
 def test_transformers_own_class_reads_what_was_trained(base, fit, tmp_path, make_batch, as_floats):
@@ -170,7 +172,7 @@ def test_another_dtype_spares_what_stays_float32(base, fit, tmp_path):
 
 
 def test_shards_of_ranks_are_put_together(make_theirs, tmp_path):
-    write_omni(tmp_path / "omni", make_theirs("ME*-", sound=True))
+    write_omni(tmp_path / "omni", make_theirs("ME*-", sound=True, moe_intermediate_size=48))
     run_ranks(partial(save_shards, tmp_path), tmp_path)
     export(tmp_path / "shards", tmp_path / "out")
     assert digests(tmp_path / "omni").items() <= digests(tmp_path / "out").items()
@@ -354,7 +356,7 @@ def test_a_full_disk_keeps_what_was_there(base, fit, tmp_path, monkeypatch):
 
 def test_what_is_new_joins_the_last_file(make_theirs, fit, tmp_path):
     base = tmp_path / "omni"
-    write_omni(base, make_theirs("ME*-", sound=True))
+    write_omni(base, make_theirs("ME*-", sound=True, moe_intermediate_size=48))
     files = WeightFiles(base)
     weights = {key: files.read(key) for key in files if "video_embedder" not in key}
     for file in base.glob("*.safetensors*"):
@@ -513,7 +515,7 @@ def test_counters_of_the_sound_tower_are_written_without_a_base_too(make_model, 
 
 def test_a_stack_of_experts_is_merged_once_for_each_file(make_theirs, fit, tmp_path, monkeypatch):
     base = tmp_path / "omni"
-    write_omni(base, make_theirs("ME*-", sound=True))
+    write_omni(base, make_theirs("ME*-", sound=True, moe_intermediate_size=48))
     checkpoint = fit(base, lora={"language": ["experts"], "rank": 2})
     reads: list[str] = []
     read = MergedWeights.__getitem__

@@ -44,7 +44,7 @@ def nano(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def omni(tmp_path: Path, make_theirs) -> Path:
-    write_omni(tmp_path / "omni", make_theirs("ME*-", sound=True))
+    write_omni(tmp_path / "omni", make_theirs("ME*-", sound=True, moe_intermediate_size=48))
     return tmp_path / "omni"
 
 
@@ -65,7 +65,7 @@ def test_names_and_shapes_are_those_that_transformers_writes(options):
 
 
 def test_the_omni_is_what_transformers_own_class_holds(make_theirs, make_batch, as_floats, tmp_path):
-    theirs = make_theirs("ME*-", sound=True)
+    theirs = make_theirs("ME*-", sound=True, moe_intermediate_size=48)
     write_omni(tmp_path, theirs, torch.float32)
     ours, report = open_pretrained(tmp_path)
     assert_equal_weights(ours, theirs)

@@ -218,7 +218,7 @@ def test_indices_of_the_summary_may_be_there_and_as_many_as_they_are(base, tmp_p
 
 def test_a_run_without_a_sample_is_verified_on_text(tmp_path, make_theirs):
     """The first tokens of a vocabulary have placeholders among them."""
-    write_omni(tmp_path / "omni", make_theirs("ME*-", sound=True))
+    write_omni(tmp_path / "omni", make_theirs("ME*-", sound=True, moe_intermediate_size=48))
     trained = open_trained(save_run(tmp_path / "omni", tmp_path / "run"))
     assert verify(trained, tmp_path / "omni", None) > 0
 

@@ -79,7 +79,7 @@ def is_stored(name: str) -> bool:
 
 @pytest.mark.parametrize(("kind", "ranks"), [("fsdp2", 2), ("fsdp2", 3), ("tp", 2), ("fsdp2_tp", 4)])
 def test_ranks_read_their_shards_and_nothing_else(make_theirs, tmp_path, kind, ranks):
-    write_omni(tmp_path / "omni", make_theirs("ME*-", sound=True))
+    write_omni(tmp_path / "omni", make_theirs("ME*-", sound=True, moe_intermediate_size=48))
     expected, _ = open_pretrained(tmp_path / "omni")
     results = run_ranks(partial(load, tmp_path / "omni", kind), tmp_path, ranks=ranks)
     state = expected.state_dict()

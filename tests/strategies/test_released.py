@@ -36,7 +36,7 @@ WAYS = {
 )
 def test_a_divided_run_is_exported_like_one_process(run, make_theirs, make_task, tmp_path, way, module):
     base = tmp_path / "base"
-    write_omni(base, make_theirs("ME*-", sound=True))
+    write_omni(base, make_theirs("ME*-", sound=True, moe_intermediate_size=48))
     ranks, make, accumulate = WAYS[way]
     options = {
         "module": {"model_id": str(base), **module},
