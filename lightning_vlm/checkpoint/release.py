@@ -23,10 +23,12 @@ from lightning_vlm.checkpoint.hf_export import complete_folder, plan_weights, wr
 from lightning_vlm.checkpoint.merged import MergedWeights, lora_of, trained_adapters
 from lightning_vlm.checkpoint.model_card import CARD, model_card
 from lightning_vlm.checkpoint.opening import local_folder
+from lightning_vlm.checkpoint.serving import changes, serve_options, served_config
 from lightning_vlm.checkpoint.source import pretrained_source
 from lightning_vlm.checkpoint.trained import TrainedWeights
 from lightning_vlm.checkpoint.weight_files import WeightFiles
 from lightning_vlm.models.config import NemotronVLConfig
+from lightning_vlm.models.parts import PARTS
 from lightning_vlm.processing.load import load_processor
 from lightning_vlm.schema import DataError
 
@@ -115,7 +117,13 @@ def release_adapter(trained: TrainedWeights, out: Path, base: Path | None = None
     with complete_folder(out, overwrite, _sources(trained, base)) as folder:
         adapters = trained_adapters(trained, lora, base, _weights_of(base, trained))
         result.num_bytes = write_adapter(folder, trained, lora, adapters)
-        (folder / CARD).write_text(model_card(trained, out.name, result.num_bytes), encoding="utf-8")
+        on = {adapter.base.partition(".")[0] for adapter in adapters}
+        if others := [name for name, part in PARTS.items() if part.attribute in on and part.role != "language_model"]:
+            result.notes.append(
+                f"vLLM applies adapters of the language model alone, and says nothing of those of {', '.join(others)}; "
+                "serve the merged model, exported without --adapter"
+            )
+        (folder / CARD).write_text(model_card(trained, out.name, result.num_bytes, result.notes), encoding="utf-8")
     return result
 
 
@@ -152,7 +160,7 @@ def _copy_rest(base: Path, folder: Path) -> None:
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if (changed := _with_dtype(config, dtype)) != config:
-        path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+        _write_json(path, changed)
 
 
 def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -178,17 +186,26 @@ def _write_processor(trained: TrainedWeights, base: Path | None, folder: Path) -
                 stacklevel=2,
             )
     notes = [] if has_tokenizer else ["there is no tokenizer in this folder: it is served with that of the training"]
-    if settings is None or settings == saved:
+    if base is None:
+        notes.append(
+            "there was no released model to begin with: NemotronVL.from_pretrained reads this folder, vLLM and "
+            "transformers alone do not"
+        )
+    if settings is None:
         return notes
-    (folder / PROCESSOR_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if saved is None:
-        return notes
-    changed = [f"{name} {old!r} -> {new!r}" for name, old, new in _changes(saved, settings)]
-    return [f"media were prepared otherwise than the base says: {', '.join(changed)}; serve with the same settings"]
+    changed = [] if saved is None else changes(saved, settings)
+    if saved is None or changed:
+        _write_json(folder / PROCESSOR_NAME, settings, sort_keys=True)
+    if changed:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        if (served := served_config(config, settings, changed)) != config:
+            _write_json(folder / CONFIG_NAME, served)
+        said = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changed)
+        notes.append(f"media were prepared otherwise than the base says: {said}; serve with the same settings")
+    if base is not None and (options := serve_options(settings, changed)):
+        notes.append(f"vLLM prepares media as in training with: vllm serve FOLDER {' '.join(options)}")
+    return notes
 
 
-def _changes(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted({*old, *new})
-        return [change for key in names for change in _changes(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
-    return [] if old == new else [(name, old, new)]
+def _write_json(path: Path, content: dict[str, Any], sort_keys: bool = False) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")

@@ -156,7 +156,8 @@ def test_trained_weights_are_stored_as_the_base_has_them(base, fit, tmp_path):
     }
     assert not torch.equal(before.read("mlp1.1.weight"), after.read("mlp1.1.weight"))
     assert result.num_bytes == before.num_bytes
-    assert (result.base, result.notes) == (base, [])
+    pruned = ["vLLM prepares media as in training with: vllm serve FOLDER --video-pruning-rate 0.7"]
+    assert (result.base, result.notes) == (base, pruned if base.name == "nano" else [])
 
 
 def test_another_dtype_spares_what_stays_float32(base, fit, tmp_path):
@@ -244,6 +245,12 @@ def test_settings_of_images_go_with_the_model(base, fit, tmp_path):
     assert settings["image_processor"][name] == value
     assert f"image_processor.{name} {12 if name == 'max_tiles' else 256} -> {value}" in result.notes[0]
     assert result.notes[0] in (tmp_path / "out" / "README.md").read_text()
+    config, before = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", base))
+    if name == "max_tiles":
+        assert config == before
+        assert "--mm-processor-kwargs '{\"max_num_tiles\": 2}'" in result.notes[1]
+    else:
+        assert config["vision_config"]["args"]["max_num_patches"] == 64
 
 
 # The command
@@ -392,12 +399,15 @@ def test_a_lora_run_is_exported_merged(base, fit, tmp_path, make_batch, as_float
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_adapters_alone_add_up_to_the_merged_model(base, fit, tmp_path, precision):
+def test_adapters_alone_add_up_to_the_merged_model(base, fit, tmp_path, capsys, precision):
     """Also where the weights are in half precision: the sum is rounded when it is stored, which here it is not."""
     checkpoint = fit(base, precision, lora={"vision": "lora", "projector": "lora", "rank": 4, "alpha": 12}, lr=3e-2)
     export(checkpoint, tmp_path / "out", dtype=torch.float32)
     assert main(["export", str(checkpoint), str(tmp_path / "adapter"), "--adapter"]) == 0
     assert main(["export", str(checkpoint), str(tmp_path / "adapter"), "--adapter", "--overwrite"]) == 0
+    note = "vLLM applies adapters of the language model alone, and says nothing of those of vision, projector; "
+    assert note in capsys.readouterr().out
+    assert note in (tmp_path / "adapter" / "README.md").read_text()
     config = LoraConfig.from_pretrained(tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     before, after = WeightFiles(base), WeightFiles(tmp_path / "out")
