@@ -32,7 +32,7 @@ from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.models.parts import check_parts
 from lightning_vlm.network import build_network
 from lightning_vlm.processing.processor import NemotronVLProcessor
-from lightning_vlm.schema import DataError, VLMBatch, file_of
+from lightning_vlm.schema import VLMBatch, file_of
 from lightning_vlm.strategies.checkpoints import layouts
 from lightning_vlm.strategies.ranks import data_ranks
 from lightning_vlm.training.balancing import StepBalance
@@ -364,11 +364,7 @@ class NemotronVLModule(L.LightningModule):
                 **inputs, labels=batch.labels, num_items_in_batch=1, skip_logits=True, use_cache=False
             ).loss
         except FusionError as error:
-            if error.row is None:
-                raise
-            raise DataError(
-                batch.sources[error.row], str(error), "use the processor that belongs to the model"
-            ) from error
+            raise error.named(batch.sources) from error.__cause__
 
     def _evaluate(self, batch: VLMBatch, split: str, generates: bool) -> dict[str, Any]:
         self.val_loss.update(self._loss_sum(batch), batch.num_label_tokens)

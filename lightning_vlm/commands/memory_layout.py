@@ -19,6 +19,7 @@ from lightning_vlm.models.nemotron_vl import NemotronVL
 from lightning_vlm.strategies import FSDP2Strategy, PipelineStrategy
 from lightning_vlm.strategies.schedules import stages_of_ranks
 from lightning_vlm.strategies.stages import cut, divide_by_parameters
+from lightning_vlm.strategies.tensor_parallel import keep_largest_part
 from lightning_vlm.training.memory import Gathering
 
 _OURS = {"fsdp2": FSDP2Strategy, "pipeline": PipelineStrategy}
@@ -32,7 +33,8 @@ class Layout:
         strategy: ``single``, ``ddp``, ``fsdp2`` or ``pipeline``.
         world_size: Ranks.
         stages: Ranks of a pipeline; 1 without one.
-        shards: Ranks that share one copy of the model, or of a stage.
+        shards: Ranks that share one copy of the model, or of a stage, or of one rank's part of each layer.
+        tensor: Ranks that compute each layer together.
         gathering: How FSDP2 gathers; ``None`` where nothing is sharded.
         schedule: Of a pipeline.
         stages_per_rank: Of a pipeline.
@@ -44,6 +46,7 @@ class Layout:
     world_size: int
     stages: int = 1
     shards: int = 1
+    tensor: int = 1
     gathering: Gathering | None = None
     schedule: str = "1f1b"
     stages_per_rank: int = 1
@@ -53,7 +56,7 @@ class Layout:
     @property
     def data_ranks(self) -> int:
         """Ranks with different samples."""
-        return self.world_size // self.stages
+        return self.world_size // (self.stages * self.tensor)
 
     def in_flight(self, rank: int) -> int:
         """Most micro-batches whose activations a pipeline's rank keeps at a time.
@@ -75,6 +78,7 @@ class Layout:
         copies = self.data_ranks // self.shards
         shared = f"{self.shards} shards" + (f", {copies} copies" if copies > 1 else "")
         if self.strategy == "fsdp2":
+            shared += f", layers computed by {self.tensor} together" if self.tensor > 1 else ""
             return f"{ranks}, FSDP2: {shared}"
         steps = f"{self.schedule}, {self.micro_batches} micro-batches"
         inside = f", FSDP2 in stages: {shared}" if self.gathering is not None else ""
@@ -111,19 +115,16 @@ def layout_of(trainer: Any, ranks: int | None = None) -> Layout:
     kind, options = _strategy(trainer.strategy)
     steps: dict[str, Any] = {"micro_batches": trainer.accumulate_grad_batches}
     strategy = None if kind is None or kind is DDPStrategy else kind(**options)
-    stages = 1 if strategy is None else strategy.stages
-    world = ranks * stages if ranks else planned_ranks(trainer) or stages
+    divided = 1 if strategy is None else strategy.stages * strategy.tensor
+    world = ranks * divided if ranks else planned_ranks(trainer) or divided
     if strategy is None:
         return Layout("ddp" if kind is DDPStrategy or world > 1 else "single", world, **steps)
-    if strategy.tensor > 1:
+    stages, tensor = strategy.stages, strategy.tensor
+    shards = strategy.shards or max(world // divided, 1)
+    if world % (divided * shards):
         raise ValueError(
-            f"strategy.tensor is {strategy.tensor}; plan --memory counts no tensor parallelism: set it to 1"
-        )
-    shards = strategy.shards or max(world // stages, 1)
-    if world % (stages * shards):
-        raise ValueError(
-            f"stages={stages} and shards={shards} need a multiple of {stages * shards} ranks, and there are {world}; "
-            "change one of them, or trainer.devices and trainer.num_nodes"
+            f"stages={stages}, shards={shards} and tensor={tensor} need a multiple of {divided * shards} ranks, and "
+            f"there are {world}; change one of them, or trainer.devices and trainer.num_nodes"
         )
     own, is_pipeline = strategy.sharding, isinstance(strategy, PipelineStrategy)
     param = None if own.param_dtype is None else getattr(torch, own.param_dtype)
@@ -131,18 +132,20 @@ def layout_of(trainer: Any, ranks: int | None = None) -> Layout:
     gathering = Gathering(param, reduce, own.reshard_after_forward, keeps_gradients=is_pipeline)
     steps["offloads"] = own.cpu_offload
     if not is_pipeline:
-        return Layout("fsdp2", world, 1, shards, gathering, **steps)
+        return Layout("fsdp2", world, 1, shards, tensor, gathering, **steps)
     steps |= {"schedule": strategy.schedule, "stages_per_rank": strategy.stages_per_rank}
-    return Layout("pipeline", world, stages, shards, gathering if world > stages else None, **steps)
+    return Layout("pipeline", world, stages, shards, 1, gathering if world > stages else None, **steps)
 
 
 def pieces(network: NemotronVL, layout: Layout) -> list[Piece]:
     """What the ranks have, each stage once.
 
     Args:
-        network: Whole, on the meta device.
+        network: Whole, on the meta device; tensor parallelism cuts it in place.
         layout: How it is divided.
     """
+    if layout.tensor > 1:
+        keep_largest_part(network, layout.tensor)
     if layout.stages == 1:
         return [Piece("rank", network)]
     owners = stages_of_ranks(layout.schedule, layout.stages, layout.stages_per_rank)

@@ -28,6 +28,8 @@ _NOTES = {
     "allowance": "CUDA, NCCL, 5 % for gaps",
 }
 
+_LAYOUT = ("strategy", "world_size", "stages", "shards", "tensor")
+
 
 def print_memory(plan: MemoryPlan, as_json: bool = False) -> int:
     """Prints a plan.
@@ -85,7 +87,7 @@ def _text(plan: MemoryPlan) -> str:
 def _data(plan: MemoryPlan) -> dict[str, Any]:
     load = plan.load
     return {
-        "layout": {name: getattr(plan.layout, name) for name in ("strategy", "world_size", "stages", "shards")},
+        "layout": {name: getattr(plan.layout, name) for name in _LAYOUT},
         "precision": plan.precision,
         "micro_batch": None if load is None else {"tokens": load.tokens, "patches": load.patches},
         "ranks": [

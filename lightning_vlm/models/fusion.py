@@ -6,11 +6,13 @@ would train every following image on the wrong picture.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, islice, pairwise
 
 import torch
 from torch import Tensor
 
+from lightning_vlm.schema import DataError
 from lightning_vlm.segments import Documents
 
 
@@ -24,6 +26,16 @@ class FusionError(ValueError):
     def __init__(self, message: str, row: int | None = None) -> None:
         super().__init__(message)
         self.row = row
+
+    def named(self, sources: Sequence[str]) -> DataError | FusionError:
+        """This error with the sample that it is about, where that can be told.
+
+        Args:
+            sources: Of the batch's rows, or of the documents of a packed row.
+        """
+        if self.row is None or self.row >= len(sources):
+            return self
+        return DataError(sources[self.row], str(self), "use the processor that belongs to the model")
 
 
 def fuse(

@@ -21,7 +21,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from lightning_vlm.models.fusion import FusionError
 from lightning_vlm.models.nemotron_vl import NemotronVL
-from lightning_vlm.schema import VLMBatch
+from lightning_vlm.schema import DataError, VLMBatch
 from lightning_vlm.strategies.layer_times import measure_layers
 from lightning_vlm.strategies.mesh import MeshStrategy
 from lightning_vlm.strategies.micro_batches import blank_like, equal_shapes
@@ -202,11 +202,14 @@ class PipelineStrategy(MeshStrategy):
         batches += [blank_like(batches[0], pad)] * missing
         scale = (ranks / label_tokens[0]).to(torch.float32)  # FSDP2 averages over data-parallel ranks
         told = [module.balance.begin(batch, config, label_tokens[0], ranks) for batch in batches]
-        inputs = [StageInputs.of(batch.model_inputs() | more, batch.labels) for batch, more in zip(batches, told)]
+        inputs = [
+            StageInputs.of(batch.model_inputs() | more, batch.labels, batch.sources)
+            for batch, more in zip(batches, told)
+        ]
         try:
             loss = pipeline.step([batch.input_ids for batch in batches], inputs, [scale] * len(batches))
         except RuntimeError as error:
-            if isinstance(error.__cause__, FusionError):
+            if isinstance(error.__cause__, (FusionError, DataError)):
                 raise error.__cause__ from None
             raise
         return loss / ranks

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_vlm.models.fusion import FusionError
 from lightning_vlm.models.language import packed_inputs
 from lightning_vlm.models.load_balancing import Balancing
 from lightning_vlm.models.media import MediaInputs, embed_with_media
@@ -127,6 +128,7 @@ class StageInputs:
         cu_seqlens: ``(num_documents + 1,)`` of a packed row.
         mm_token_type_ids: ``(B, T)``, where images and videos meet.
         balancing: For the routers of all stages.
+        sources: Of the rows, for errors.
     """
 
     media: MediaInputs
@@ -135,18 +137,20 @@ class StageInputs:
     cu_seqlens: Tensor | None = None
     mm_token_type_ids: Tensor | None = None
     balancing: Balancing | None = None
+    sources: Sequence[str] = ()
 
     @classmethod
-    def of(cls, inputs: dict[str, Any], labels: Tensor | None = None) -> StageInputs:
+    def of(cls, inputs: dict[str, Any], labels: Tensor | None = None, sources: Sequence[str] = ()) -> StageInputs:
         """From arguments of `NemotronVL.forward`.
 
         Args:
             inputs: By their names there.
             labels: ``(B, T)``.
+            sources: Of the rows.
         """
         media = MediaInputs(**{name: inputs.get(name) for name in MediaInputs.__slots__})
         names = ("attention_mask", "cu_seqlens", "mm_token_type_ids", "balancing")
-        return cls(media, labels, **{name: inputs.get(name) for name in names})
+        return cls(media, labels, **{name: inputs.get(name) for name in names}, sources=sources)
 
 
 class Stage(nn.Module):
@@ -199,13 +203,20 @@ class Stage(nn.Module):
 
         Returns:
             ``(B, T, D)``; of the last stage, a float32 scalar, or ``(B, logits_to_keep, V)`` float32.
+
+        Raises:
+            DataError: If placeholders and features of media of a row differ in number.
         """
         documents = None
         if inputs.cu_seqlens is not None:
             documents = documents_from_cu_seqlens(inputs.cu_seqlens, x.shape[1])
         if self.is_first:
             # The last stage keeps its labels as they are: none stands where tokens of a pruned video are moved.
-            x, _ = embed_with_media(self.model, inputs.media, x, None, None, inputs.mm_token_type_ids, documents, None)
+            types = inputs.mm_token_type_ids
+            try:
+                x, _ = embed_with_media(self.model, inputs.media, x, None, None, types, documents, None)
+            except FusionError as error:
+                raise error.named(inputs.sources) from error.__cause__
         options: dict[str, Any] = {"attention_mask": inputs.attention_mask, "use_cache": False}
         if documents is not None:
             options = packed_inputs(self.model.config.text_config, documents, x.dtype)

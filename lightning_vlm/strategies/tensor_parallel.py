@@ -7,7 +7,7 @@ whole on every rank, which computes them for itself: their state has no axis tha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -19,12 +19,16 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHAttentio
 from lightning_vlm.models.lora import has_adapters
 from lightning_vlm.models.nemotron_vl import NemotronVL
 
+_NO_ADAPTERS = "lora does not work with strategy.tensor above 1; set it to 1, or train in full"
+
 
 class StackedExperts(ParallelStyle):
     """Stacks of experts ``up_proj (E, I, H)`` and ``down_proj (E, H, I)``, divided by their inner width ``I``."""
 
+    dims: ClassVar = {"up_proj": 1, "down_proj": 2}
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        dims = {"up_proj": 1, "down_proj": 2}
+        dims = self.dims
         for name, dim in dims.items():
             weight = distribute_tensor(module.get_parameter(name), device_mesh, [Shard(dim)])
             module.register_parameter(name, nn.Parameter(weight, requires_grad=weight.requires_grad))
@@ -62,7 +66,7 @@ def divide_layers(model: NemotronVL, mesh: DeviceMesh) -> None:
         NotImplementedError: If the model has adapters.
     """
     if has_adapters(model):
-        raise NotImplementedError("lora does not work with strategy.tensor above 1; set it to 1, or train in full")
+        raise NotImplementedError(_NO_ADAPTERS)
     _check_sizes(model, mesh.size())
     columns, rows = ColwiseParallel(), RowwiseParallel()
     whole = ColwiseParallel(output_layouts=Replicate())
@@ -80,6 +84,39 @@ def divide_layers(model: NemotronVL, mesh: DeviceMesh) -> None:
             parallelize_module(mixer.shared_experts, mesh, mlp)
         elif isinstance(mixer, NemotronHMLP):
             parallelize_module(mixer, mesh, mlp)
+
+
+def keep_largest_part(model: NemotronVL, ranks: int) -> None:
+    """Leaves of a model what that rank of a group holds which holds most, in place: to count, it does not compute.
+
+    Args:
+        model: Whole, on the meta device.
+        ranks: Of the group.
+
+    Raises:
+        ValueError: As of `divide_layers`.
+        NotImplementedError: Likewise.
+    """
+    if has_adapters(model):
+        raise NotImplementedError(_NO_ADAPTERS)
+    _check_sizes(model, ranks)
+    columns, rows = {"weight": 0, "bias": 0}, {"weight": 1}
+    head, body = model.language_model.lm_head, model.language_model.model
+    found: list[tuple[nn.Module, dict[str, int]]] = [(head, columns), (body.embeddings, columns)]
+    for layer in body.layers:
+        mixer = layer.mixer
+        if isinstance(mixer, NemotronHAttention):
+            found += [(mixer.q_proj, columns), (mixer.k_proj, columns), (mixer.v_proj, columns), (mixer.o_proj, rows)]
+        elif isinstance(mixer, NemotronHMoE):
+            found.append((mixer.experts, StackedExperts.dims))
+            found += [(mixer.shared_experts.up_proj, columns), (mixer.shared_experts.down_proj, rows)]
+        elif isinstance(mixer, NemotronHMLP):
+            found += [(mixer.up_proj, columns), (mixer.down_proj, rows)]
+    for module, dims in found:
+        for name, dim in dims.items():
+            if (whole := getattr(module, name, None)) is not None:
+                part = nn.Parameter(whole.detach().chunk(ranks, dim)[0], requires_grad=whole.requires_grad)
+                setattr(module, name, part)
 
 
 def _enter(tensor: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -68,7 +68,7 @@ def test_ranks_may_be_given() -> None:
         (trainer("deepspeed"), "does not know trainer.strategy 'deepspeed'; expected auto, ddp, fsdp2 or pipeline"),
         (
             trainer(named("FSDP2Strategy", shards=3)),
-            "stages=1 and shards=3 need a multiple of 3 ranks, and there are 8",
+            "stages=1, shards=3 and tensor=1 need a multiple of 3 ranks, and there are 8",
         ),
     ],
 )
@@ -134,6 +134,20 @@ def test_a_laptop_plans_for_eight_gpus(config: Path, capsys: pytest.CaptureFixtu
     assert lines[-1].startswith("fits: ")
     assert lines[-1].endswith(" of 80 GiB")
     assert not Path("run").exists()
+
+
+def test_layers_computed_together_take_less(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(tensor: int) -> dict[str, Any]:
+        options = {"class_path": "lightning_vlm.strategies.FSDP2Strategy", "init_args": {"tensor": tensor, "shards": 2}}
+        assert plan("--config", str(config), "--json", "--trainer.strategy", json.dumps(options)) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["layout"]["tensor"] == tensor
+        return printed["ranks"][0]["held_bytes"] | printed["ranks"][0]["activation_bytes"]
+
+    alone, together = planned(1), planned(2)
+    for name in ("weights", "gradients", "adamw", "gathered weights", "attention", "MLP"):
+        assert together[name] < alone[name], name
+    assert together["Mamba2"] == alone["Mamba2"], "whole on every rank"
 
 
 def test_the_sum_is_of_the_items(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

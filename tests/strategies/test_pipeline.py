@@ -83,3 +83,17 @@ def test_later_stages_load_no_media(run, make_task, tmp_path):
     first, second = ((tmp_path / f"decoded{rank}").stat().st_size for rank in (0, 1))
     assert second <= 4, "the images of two examples that a run keeps for its export"
     assert first > 8
+
+
+class LosesAPlaceholder(L.Callback):
+    """Turns a placeholder of the first row with an image into text."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        places = (batch.input_ids == pl_module.network.config.image_token_id).nonzero()
+        if len(places):
+            batch.input_ids[tuple(places[0])] = 7
+
+
+def test_a_row_whose_media_do_not_fit_is_named(run):
+    with pytest.raises(Exception, match=r"rows\.jsonl:2: .* placeholder"):
+        run(2, pipeline, trainer={"accumulate_grad_batches": 2}, callbacks=[LosesAPlaceholder()])

@@ -7,7 +7,7 @@ import torch
 
 from lightning_vlm import NemotronVL, NemotronVLConfig
 from lightning_vlm.data.collate import PackedCollate, PaddedCollate
-from lightning_vlm.schema import IGNORE_INDEX
+from lightning_vlm.schema import IGNORE_INDEX, DataError
 from lightning_vlm.strategies.layer_times import measure_layers
 from lightning_vlm.strategies.micro_batches import blank_like, equal_shapes
 from lightning_vlm.strategies.stages import Stage, StageInputs, balance, divide_by_parameters, stage_table
@@ -43,6 +43,17 @@ def test_stages_are_the_model(model, collate, pruning_rate, num_stages):
     loss = through_stages(model, batch, num_stages)
     assert loss.item() == whole.item()
     assert_same_gradients(gradients_of(model, loss), expected, 0.0)
+
+
+@pytest.mark.parametrize("collate", [PaddedCollate(0), PackedCollate()], ids=["padded", "packed"])
+def test_a_row_whose_media_do_not_fit_is_named(model, collate):
+    batch = collate(varied_samples(media_processor(0.0)))
+    row = next(index for index, images in enumerate(batch.num_images.tolist()) if images)
+    images = (batch.input_ids == model.config.image_token_id).nonzero()
+    batch.input_ids[tuple(images[0])] = 7
+    inputs = StageInputs.of(batch.model_inputs(), batch.labels, [f"rows.jsonl:{n}" for n in range(1, 99)])
+    with pytest.raises(DataError, match=f"^rows.jsonl:{row + 1}: .* placeholder"):
+        Stage(model, range(1), True, False)(batch.input_ids, inputs)
 
 
 @pytest.mark.parametrize("collate", [PaddedCollate(0), PackedCollate()], ids=["padded", "packed"])

@@ -14,7 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_vlm import NemotronVLConfig, NemotronVLModule
 from lightning_vlm.commands.describe import planned_network
-from lightning_vlm.strategies.parallelize import Sharding, shard, units
+from lightning_vlm.strategies.parallelize import Sharding, apply, shard, units
+from lightning_vlm.strategies.tensor_parallel import keep_largest_part
 from lightning_vlm.training.memory import (
     Gathering,
     gathered_bytes,
@@ -93,6 +94,24 @@ def test_fsdp2_holds_and_gathers_what_is_counted(eight_ranks: Any, param_dtype: 
     summed = [sum(p.numel() * 4 for p in own if p.requires_grad) for _, _, own in sizes]
     layer = max(size for _, size, _ in inside) + max(summed[1:])
     assert gradients == root[1] + max(layer, summed[0])
+
+
+def test_layers_computed_together_are_held_in_parts(eight_ranks: Any) -> None:
+    planned = planned_network(options(freeze=["vision"]), "32-true")
+    vocabulary = planned.language_model.lm_head.weight.shape[0]
+    model = NemotronVLModule(**options(freeze=["vision"])).network
+    mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("shards", "tensor"))
+    apply(model, [model], mesh["tensor"], False, mesh["shards"], Sharding())
+    keep_largest_part(planned, 2)
+    assert planned.language_model.lm_head.weight.shape[0] == -(-vocabulary // 2)
+    local = {name: parameter.to_local() for name, parameter in model.named_parameters()}
+    for name, parameter in planned.named_parameters():
+        assert shard_numel(parameter, 4) == local[name].numel(), name
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    assert weight_bytes(planned, 4) == sum(each.nbytes for each in local.values()) + buffers
+    trained = sum(local[name].nbytes for name, p in model.named_parameters() if p.requires_grad)
+    assert gradient_bytes(planned, 4) == trained
+    assert optimizer_bytes(planned, "adamw", 4) == 2 * trained
 
 
 def test_a_pipelines_gradients_stay_whole_in_the_dtype_of_their_sum() -> None:
