@@ -73,12 +73,21 @@ def train(wrap: Wrap, name: str, steps: int, resume_after: int | None, rank: int
 
 @pytest.mark.parametrize(("wrap", "name"), [(ddp, "adamw"), (fsdp2, "adamw"), (ddp, "muon")])
 def test_ranks_step_as_one_process(tmp_path: Path, wrap: Wrap, name: str) -> None:
-    """Bit by bit, also the fused kernel on shards."""
+    """Bit by bit. On shards the gradients are; the fused kernel rounds the last few numbers of a shard otherwise.
+
+    It computes them one by one, in the whole tensor with others at once. Measured: 1.7e-9, relative, after three steps.
+    """
     one = train(plain, name, 3, None, None)
     for found in run_ranks(partial(train, wrap, name, 3, None), tmp_path):
         assert all(found["fused"])
         for key, weight in one["weights"].items():
-            assert torch.equal(found["weights"][key], weight), key
+            if wrap is fsdp2:
+                assert (found["weights"][key] - weight).abs().max() <= 1e-7 * weight.abs().max(), key
+            else:
+                assert torch.equal(found["weights"][key], weight), key
+    gradients = run_ranks(partial(train, wrap, name, 1, None), tmp_path)[0]["gradients"]
+    for key, gradient in train(plain, name, 1, None, None)["gradients"].items():
+        assert torch.equal(gradients[key], gradient), key
 
 
 def test_muon_on_shards_is_muon_to_its_own_precision(tmp_path: Path) -> None:
