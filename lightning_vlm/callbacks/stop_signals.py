@@ -54,12 +54,17 @@ class StopSignals(L.Callback):
             self._answer(trainer)
 
     def _listen(self, trainer: L.Trainer) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in _signals(trainer):
-                signal.signal(number, self._note)  # the Trainer puts back what was there before it
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python has signals answered by the main thread alone
+        earlier = trainer._signal_connector._original_handlers  # the Trainer puts them back in the end
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted.add(number)
+        def note(number: int, frame: FrameType | None) -> None:
+            self._noted.add(number)
+            if callable(handler := earlier.get(number)):  # of whoever runs the Trainer, as Lightning does
+                handler(number, frame)
+
+        for number in _signals(trainer):
+            signal.signal(number, note)
 
     def _answer(self, trainer: L.Trainer) -> None:
         connector = trainer._signal_connector
@@ -76,7 +81,7 @@ class StopSignals(L.Callback):
                 connector._slurm_sigusr_handler_fn(number, None)
 
 
-def _signals(trainer: L.Trainer) -> list[int]:
+def _signals(trainer: L.Trainer) -> list[signal.Signals]:
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return [environment.requeue_signal or signal.SIGUSR1, signal.SIGTERM]

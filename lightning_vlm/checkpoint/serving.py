@@ -54,20 +54,22 @@ def served_config(config: dict[str, Any], settings: dict[str, Any], changed: Seq
     if "force_image_size" not in config or "vision_config" not in config:
         return config  # no released one: the processor config says everything
     vision, images = config["vision_config"], settings["image_processor"]
+    args = vision.get("args") or {}
     for name, _, value in changed:
         if name in _IN_CONFIG:
             config[_IN_CONFIG[name]] = value
         elif name in _IN_VISION_CONFIG:
-            _set(vision, _IN_VISION_CONFIG[name], value)
+            place = args if _IN_VISION_CONFIG[name] in args else vision
+            place[_IN_VISION_CONFIG[name]] = value
         elif name == "video.pruning_rate" and "video_pruning_rate" in config:
             config["video_pruning_rate"] = value
     if any(name.removeprefix("image_processor.") in ("mode", *_BOUNDS) for name, _, _ in changed):
+        vision["args"] = args  # where vLLM reads the bounds; without them it cuts images into tiles
         for bound in _BOUNDS:
+            for place in (vision, args):
+                place.pop(bound, None)
             if images["mode"] == "dynamic":
-                _set(vision, bound, images[bound], vision.setdefault("args", {}))  # where vLLM reads it
-            else:  # without bounds vLLM cuts images into tiles
-                vision.pop(bound, None)
-                (vision.get("args") or {}).pop(bound, None)
+                args[bound] = images[bound]
     return config
 
 
@@ -87,13 +89,3 @@ def serve_options(settings: dict[str, Any], changed: Sequence[Change]) -> list[s
     if rate := (settings.get("video") or {}).get("pruning_rate"):
         options.append(f"--video-pruning-rate {rate}")
     return options
-
-
-def _set(vision: dict[str, Any], name: str, value: Any, default: dict[str, Any] | None = None) -> None:
-    """Sets a number where it stands: in the vision config, in its ``args``, or in both."""
-    args = vision.get("args") or {}
-    places = [place for place in (vision, args) if name in place]
-    for place in places or [vision if default is None else default]:
-        place[name] = value
-    if default is not None:
-        default[name] = value

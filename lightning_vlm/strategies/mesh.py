@@ -122,7 +122,8 @@ class MeshStrategy(ModelParallelStrategy):
         sizes = (self.stages, copies, shards, self.tensor)
         self._device_mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=AXES)
         self._data_mesh = self._device_mesh["copies", "shards"]._flatten("data_parallel")
-        self._device_mesh["shards", "tensor"]._flatten("layer")  # norms are then summed up at once, not axis by axis
+        if self.tensor > 1:
+            self._device_mesh["shards", "tensor"]._flatten("layer")  # norms are then summed up at once
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 
