@@ -1,8 +1,8 @@
 """RunCheckpoint and BestCheckpoint: Lightning's ModelCheckpoint with the settings under which no night is lost.
 
 It saves every so many steps, at the end of the run, which ModelCheckpoint leaves out when the number of steps is not
-a multiple, and at any exception, SIGTERM included. (With several ranks at SIGTERM only: all of them stop together,
-see `StopSignals`, but an error of one leaves the others waiting.) ``last.ckpt`` is always the newest of them; a second
+a multiple, and at any exception, SIGTERM included. (With several ranks at SIGTERM and Ctrl-C, where all stop
+together, see `StopSignals`; an error of one leaves the others waiting.) ``last.ckpt`` is always the newest of them; a second
 run in the same folder replaces it instead of writing ``last-v1.ckpt`` beside it. A checkpoint is whole or not there
 (`AtomicCheckpointIO`, `lightning_vlm.strategies.checkpoints`).
 """
@@ -16,6 +16,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_vlm.callbacks.stop_signals import StoppedTogether
 from lightning_vlm.checkpoint.atomic_io import use_whole_files
 
 
@@ -26,8 +27,8 @@ class _WholeFiles(ModelCheckpoint):
         use_whole_files(trainer.strategy)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Saves, unless other ranks would have to join in and may not: all stop at a SIGTERM, but not at an error."""
-        if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
+        """Saves, unless other ranks would have to join in and may not: at a signal all stop, but not at an error."""
+        if trainer.world_size > 1 and not isinstance(exception, (SIGTERMException, StoppedTogether)):
             return
         super().on_exception(trainer, pl_module, exception)
 

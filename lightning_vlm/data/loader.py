@@ -133,7 +133,7 @@ class ResumableLoader:
             collate_fn=Parcel if self._num_workers else _identity,
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
-            worker_init_fn=_outlive_sigterm,
+            worker_init_fn=_outlive_signals,
         )
         stream = iter(loader) if self._share is None else self._share(lambda: iter(loader), len(planned))
         while self.position.yielded < stop:
@@ -177,10 +177,11 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """Lets a worker go on for a while at a SIGTERM, which SLURM sends to all processes of a job.
+def _outlive_signals(worker: int) -> None:
+    """Lets a worker go on at Ctrl-C, and for a while at a SIGTERM, which SLURM sends to all processes of a job.
 
     The main process finishes its batch and saves; a worker that died would make PyTorch raise in the middle of that.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_AFTER_SIGTERM_S))
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))  # any other end counts as a failure

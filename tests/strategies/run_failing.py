@@ -33,6 +33,8 @@ class Fails(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
         elif sys.argv[3] == "stop all":
             os.killpg(0, signal.SIGTERM)
+        elif sys.argv[3] == "interrupt all":
+            os.killpg(0, signal.SIGINT)
         elif sys.argv[3] == "requeue":
             os.kill(os.getpid(), signal.SIGUSR1)
         else:
@@ -62,4 +64,4 @@ if __name__ == "__main__":
     module = NemotronVLModule(config=NemotronVLConfig.tiny(pattern="M*"), generate_on_validation=False)
     data = VLMDataModule(train=file, processor=tiny_processor(), batch_size=2, num_workers=1)
     last = Path("checkpoints/last.ckpt")
-    trainer.fit(module, datamodule=data, ckpt_path=last if "stop" in how and last.exists() else None)
+    trainer.fit(module, datamodule=data, ckpt_path=last if how != "requeue" and last.exists() else None)
