@@ -1,9 +1,9 @@
 """RunCheckpoint and BestCheckpoint: Lightning's ModelCheckpoint with the settings under which no night is lost.
 
 It saves every so many steps, at the end of the run, which ModelCheckpoint leaves out when the number of steps is not
-a multiple, and at any exception, SIGTERM included. (With several ranks at SIGTERM and Ctrl-C, where all stop
-together, see `StopSignals`; an error of one leaves the others waiting.) ``last.ckpt`` is always the newest of them; a second
-run in the same folder replaces it instead of writing ``last-v1.ckpt`` beside it. A checkpoint is whole or not there
+a multiple, and at any exception, SIGTERM included. (With several ranks at SIGTERM and Ctrl-C, where all stop together,
+see `StopSignals`; an error of one leaves the others waiting.) ``last.ckpt`` is always the newest of them; a second run
+in the same folder replaces it instead of writing ``last-v1.ckpt`` beside it. A checkpoint is whole or not there
 (`AtomicCheckpointIO`, `lightning_vlm.strategies.checkpoints`).
 """
 
