@@ -61,12 +61,24 @@ def exports(text: str) -> None:
     assert float(after) > 0.8
 
 
+def divides(text: str) -> None:
+    assert "8, FSDP2: fits: " in text
+    assert "8, DDP: does not fit: " in text
+    idle = dict(re.findall(r"(\w[\w ]*): (0\.\d+) of the time idle", text))
+    assert idle["GPipe"] == idle["1F1B"] == re.findall(r"theory of GPipe and 1F1B: (\S+)", text)[0]
+    assert float(idle["zero bubble"]) < float(idle["1F1B"]) / 2
+    match = re.search(r"largest relative difference of 8 losses: (\S+)", text)
+    assert match
+    assert float(match[1]) < 1e-5
+
+
 CLAIMS = {
     "01_train_on_a_laptop": learns,
     "02_packing_and_isolation": isolates,
     "03_your_data": survives,
     "04_tiles_video_evs": prunes,
     "05_finetune_and_export": exports,
+    "06_many_devices": divides,
 }
 
 
