@@ -9,8 +9,7 @@ those without the pass, bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
+
+from lightning_vlm.models.whole_passes import without_recomputation
 
 _SHORTEST_SOUND = 8  # spectrogram frames: one token at the released subsampling
 
@@ -44,7 +45,7 @@ def absent_features(model: Any, kind: str, cache: Cache | None) -> Tensor | None
     device = next(path[0].parameters()).device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
-        _without_checkpointing(path),
+        without_recomputation(*path),  # a recomputed layer would bypass `_neutral`; four patches need no saving either
         saved_tensors_hooks(torch.Tensor.detach, _neutral),
     ):
         if kind == "sound":
@@ -127,17 +128,3 @@ class _WeightZero(torch.autograd.Function):
 def _neutral(saved: Tensor) -> Tensor:
     """What the backward pass reads instead of a weight or activation: a finite number, and no zero to divide by."""
     return torch.ones_like(saved) if saved.is_floating_point() else saved
-
-
-@contextmanager
-def _without_checkpointing(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """A recomputed layer would bypass `_neutral`; four patches need no saving of memory either."""
-    modules: list[Any] = [module for part in parts for module in part.modules()]
-    layers = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True

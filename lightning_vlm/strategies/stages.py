@@ -80,9 +80,14 @@ def divide_by_parameters(model: NemotronVL, stages: int) -> list[range]:
     def size(*modules: nn.Module) -> int:
         return sum(p.numel() for module in modules for p in module.parameters())
 
+    first, last = _ends(model)
+    return balance([size(layer) for layer in model.language_model.model.layers], stages, size(*first), size(*last))
+
+
+def _ends(model: NemotronVL) -> tuple[list[nn.Module], list[nn.Module]]:
+    """What the first and the last stage have besides layers."""
     body = model.language_model.model
-    first, last = size(*media_parts(model), body.embeddings), size(body.norm_f, model.language_model.lm_head)
-    return balance([size(layer) for layer in body.layers], stages, first, last)
+    return [*media_parts(model), body.embeddings], [body.norm_f, model.language_model.lm_head]
 
 
 def stage_table(model: NemotronVL, layers: Sequence[range], owners: Sequence[int]) -> str:
@@ -93,17 +98,17 @@ def stage_table(model: NemotronVL, layers: Sequence[range], owners: Sequence[int
         layers: Of each stage.
         owners: Rank of each stage in its pipeline.
     """
-    body, head = model.language_model.model, model.language_model.lm_head
+    first, last = _ends(model)
+    media = [name for name in parts_of(model) if PARTS[name].role != "language_model"]
     rows = []
     for index, own in enumerate(layers):
-        modules = [body.layers[layer] for layer in own]
+        modules = [model.language_model.model.layers[layer] for layer in own]
         names = [f"layers {own[0]}-{own[-1]}" if len(own) > 1 else f"layer {own[0]}"]
         if index == 0:
-            modules += [*media_parts(model), body.embeddings]
-            media = [name for name in parts_of(model) if PARTS[name].role != "language_model"]
+            modules += first
             names = [*media, "embeddings", *names]
         if index == len(layers) - 1:
-            modules += [body.norm_f, head]
+            modules += last
             names += ["norm", "head"]
         size = sum(parameter.numel() for module in modules for parameter in module.parameters())
         rows.append(f"stage {index} on rank {owners[index]}: {size:>14,} parameters  {', '.join(names)}")

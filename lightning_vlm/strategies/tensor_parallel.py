@@ -7,6 +7,7 @@ whole on every rank, which computes them for itself: their state has no axis tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,8 +19,6 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHAttentio
 
 from lightning_vlm.models.lora import has_adapters
 from lightning_vlm.models.nemotron_vl import NemotronVL
-
-_NO_ADAPTERS = "lora does not work with strategy.tensor above 1; set it to 1, or train in full"
 
 
 class StackedExperts(ParallelStyle):
@@ -65,25 +64,9 @@ def divide_layers(model: NemotronVL, mesh: DeviceMesh) -> None:
         ValueError: If heads or inner widths do not divide by their number.
         NotImplementedError: If the model has adapters.
     """
-    if has_adapters(model):
-        raise NotImplementedError(_NO_ADAPTERS)
-    _check_sizes(model, mesh.size())
-    columns, rows = ColwiseParallel(), RowwiseParallel()
-    whole = ColwiseParallel(output_layouts=Replicate())
-    head = model.language_model.lm_head
-    parallelize_module(head, mesh, whole)
-    head.register_forward_hook(_wait)
-    parallelize_module(model.language_model.model.embeddings, mesh, RowwiseParallel(input_layouts=Replicate()))
-    mlp: dict[str, ParallelStyle] = {"up_proj": columns, "down_proj": rows}
-    for layer in model.language_model.model.layers:
-        mixer = layer.mixer
-        if isinstance(mixer, NemotronHAttention):
-            parallelize_module(mixer, mesh, {"q_proj": columns, "k_proj": columns, "v_proj": columns, "o_proj": rows})
-        elif isinstance(mixer, NemotronHMoE):
-            parallelize_module(mixer.experts, mesh, StackedExperts())
-            parallelize_module(mixer.shared_experts, mesh, mlp)
-        elif isinstance(mixer, NemotronHMLP):
-            parallelize_module(mixer, mesh, mlp)
+    for module, style, _ in _divided(model, mesh.size()):
+        parallelize_module(module, mesh, style)
+    model.language_model.lm_head.register_forward_hook(_wait)
 
 
 def keep_largest_part(model: NemotronVL, ranks: int) -> None:
@@ -97,26 +80,36 @@ def keep_largest_part(model: NemotronVL, ranks: int) -> None:
         ValueError: As of `divide_layers`.
         NotImplementedError: Likewise.
     """
-    if has_adapters(model):
-        raise NotImplementedError(_NO_ADAPTERS)
-    _check_sizes(model, ranks)
-    columns, rows = {"weight": 0, "bias": 0}, {"weight": 1}
-    head, body = model.language_model.lm_head, model.language_model.model
-    found: list[tuple[nn.Module, dict[str, int]]] = [(head, columns), (body.embeddings, columns)]
-    for layer in body.layers:
-        mixer = layer.mixer
-        if isinstance(mixer, NemotronHAttention):
-            found += [(mixer.q_proj, columns), (mixer.k_proj, columns), (mixer.v_proj, columns), (mixer.o_proj, rows)]
-        elif isinstance(mixer, NemotronHMoE):
-            found.append((mixer.experts, StackedExperts.dims))
-            found += [(mixer.shared_experts.up_proj, columns), (mixer.shared_experts.down_proj, rows)]
-        elif isinstance(mixer, NemotronHMLP):
-            found += [(mixer.up_proj, columns), (mixer.down_proj, rows)]
-    for module, dims in found:
+    for module, _, dims in list(_divided(model, ranks)):
         for name, dim in dims.items():
             if (whole := getattr(module, name, None)) is not None:
                 part = nn.Parameter(whole.detach().chunk(ranks, dim)[0], requires_grad=whole.requires_grad)
                 setattr(module, name, part)
+
+
+def _divided(model: NemotronVL, ranks: int) -> Iterator[tuple[nn.Module, ParallelStyle, dict[str, int]]]:
+    """What is divided, how, and along which dimension each of its weights."""
+    if has_adapters(model):
+        raise NotImplementedError("lora does not work with strategy.tensor above 1; set it to 1, or train in full")
+    _check_sizes(model, ranks)
+    columns, rows = {"weight": 0, "bias": 0}, {"weight": 1}
+    body = model.language_model.model
+    yield model.language_model.lm_head, ColwiseParallel(output_layouts=Replicate()), columns
+    yield body.embeddings, RowwiseParallel(input_layouts=Replicate()), columns  # rows of its table
+    for layer in body.layers:
+        mixer = layer.mixer
+        if isinstance(mixer, NemotronHAttention):
+            wide, narrow = [mixer.q_proj, mixer.k_proj, mixer.v_proj], mixer.o_proj
+        elif isinstance(mixer, NemotronHMoE):
+            yield mixer.experts, StackedExperts(), StackedExperts.dims
+            wide, narrow = [mixer.shared_experts.up_proj], mixer.shared_experts.down_proj
+        elif isinstance(mixer, NemotronHMLP):
+            wide, narrow = [mixer.up_proj], mixer.down_proj
+        else:
+            continue
+        for module in wide:
+            yield module, ColwiseParallel(), columns
+        yield narrow, RowwiseParallel(), rows
 
 
 def _enter(tensor: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -9,8 +9,7 @@ less).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_vlm.models.whole_passes import without_recomputation
 from lightning_vlm.segments import Documents
 
 _FEW = 128  # tokens of the two counts that a line is drawn through: whole chunks of the scan
@@ -88,7 +88,7 @@ class SavedCounts:
                 found[number] = tensor
             return tensor
 
-        with FakeTensorMode(), torch.device("cpu"), _without_recomputation(module), torch.enable_grad():
+        with FakeTensorMode(), torch.device("cpu"), without_recomputation(module), torch.enable_grad():
             values = {name: self._fake(parameter) for name, parameter in module.named_parameters()}
             values |= {name: torch.empty(b.shape, dtype=b.dtype) for name, b in module.named_buffers()}
             own = {value.untyped_storage()._cdata for value in values.values()}
@@ -135,15 +135,3 @@ class _AnyShape(TorchFunctionMode):
             key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, value, 0.0, False, scale=kwargs.get("scale"))[0]
-
-
-@contextmanager
-def _without_recomputation(module: nn.Module) -> Iterator[None]:
-    layers: list[Any] = [each for each in module.modules() if getattr(each, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True
