@@ -60,6 +60,8 @@ def save(checkpoint: dict[str, Any], path: Path, on_rank_zero: bool) -> None:
     partial, replaced = (path.with_name(f".{path.name}.{what}") for what in ("partial", "replaced"))
 
     def clear() -> None:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)  # an earlier save was killed between its two renames
         for folder in (partial, replaced):
             shutil.rmtree(folder, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -71,10 +71,13 @@ def test_any_strategy_continues_any_other(run, saved, first, second):
     assert sorted(continued.rows) == sorted(expected.rows[4 * 4 :]), "every remaining sample once, and no other"
 
 
-def test_a_full_disk_keeps_the_older_folder(run, tmp_path):
+@pytest.mark.parametrize("killed", [False, True], ids=["", "after a kill between two renames"])
+def test_a_full_disk_keeps_the_older_folder(run, tmp_path, killed):
     path = tmp_path / "last.ckpt"
     go(run, "fsdp2", stop_at=1, save=path)
     before = (path / "meta.pt").read_bytes()
+    if killed:
+        path.rename(tmp_path / ".last.ckpt.replaced")
     create_stream = FileSystem.create_stream
 
     def full(self, name, mode):
